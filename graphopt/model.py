@@ -1,0 +1,247 @@
+"""The model: a gs.Graph plus what onnx-graphsurgeon lacks (order, text, checks, lossless load and save)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from graphopt.edit import Wiring
+from graphopt.errors import ModelError
+from graphopt.proto import Exporter, Importer, Leftovers, Weights, encode_inline, walk
+
+SMALL = 1024  # constants up to this many elements stay in a skeleton: shape inference reads their values
+MIN_OPSET = 7
+
+
+@dataclass(eq=False)
+class Model:
+    """An ONNX model being transformed.
+
+    `graph` is the storage; passes edit it in place. Weights are lazy: `constant.values` reads them, and must never be written into
+    (assign a new array instead). Nodes have unique names and tensors have names unique over all subgraphs.
+    """
+
+    graph: gs.Graph
+    shell: onnx.ModelProto  # the model without its graph: versions, producer, metadata, imports
+    leftovers: Leftovers
+    path: Path | None = None
+    strict: bool = False  # the model passed onnx's full check when it was loaded, so every later state must
+    notes: list[str] = field(default_factory=list)  # what loading found worth telling the user
+
+    @property
+    def opset(self) -> int:
+        """Version of the default domain; 0 where the model does not import it."""
+        return next((o.version for o in self.shell.opset_import if o.domain in ("", "ai.onnx")), 0)
+
+    def graphs(self) -> list[gs.Graph]:
+        """The main graph and every subgraph, outer before inner."""
+        return list(walk(self.graph))
+
+    def nodes(self) -> list[gs.Node]:
+        """All nodes, those of subgraphs too."""
+        return [n for g in walk(self.graph) for n in g.nodes]
+
+    def tensors(self) -> dict[str, gs.Tensor]:
+        """Every named tensor of every graph, by name, in order of first appearance."""
+        found: dict[str, gs.Tensor] = {}
+        for graph in walk(self.graph):
+            lists = [graph.inputs, *(x for n in graph.nodes for x in (n.inputs, n.outputs)), graph.outputs]
+            for tensors in lists:
+                for tensor in tensors:
+                    if tensor.name and tensor.name not in found:
+                        found[tensor.name] = tensor
+        return found
+
+    def constants(self) -> list[gs.Constant]:
+        """Every initializer, once."""
+        return [t for t in self.tensors().values() if isinstance(t, gs.Constant)]
+
+    def wiring(self) -> Wiring:
+        """Graph outputs and the graph of each node, as `graphopt.edit` needs them."""
+        graphs = self.graphs()
+        outputs = frozenset(id(t) for g in graphs for t in g.outputs)
+        return Wiring(outputs, {id(n): id(g) for g in graphs for n in g.nodes})
+
+    def fresh_name(self, base: str) -> str:
+        """A tensor or node name that nothing in the model has yet."""
+        taken = set(self.tensors()) | {n.name for n in self.nodes()}
+        return base if base not in taken else next(f"{base}_{i}" for i in range(1, len(taken) + 2) if f"{base}_{i}" not in taken)
+
+    def proto(self) -> onnx.ModelProto:
+        """The whole model as protobuf, weights inside. Raises ModelError above protobuf's 2 GB: save to a path instead."""
+        if self.weight_bytes() > onnx.checker.MAXIMUM_PROTOBUF:
+            raise ModelError("the model is over 2 GB and cannot be one protobuf: save it to a path (weights go to a .data file)")
+        return self.encoded(encode_inline)
+
+    def skeleton(self) -> onnx.ModelProto:
+        """The model with its large constants as graph inputs: small enough to check and infer shapes on, whatever its size."""
+
+        def encode(constant: gs.Constant) -> onnx.TensorProto | None:
+            sparse = isinstance(constant._values, Weights) and isinstance(constant._values.tensor, onnx.SparseTensorProto)
+            return encode_inline(constant) if not sparse and np.prod(constant.shape, dtype=np.int64) <= SMALL else None
+
+        return self.encoded(encode)
+
+    def encoded(self, encode: Any) -> onnx.ModelProto:
+        """The model as protobuf with each constant as `encode` gives it (see `proto.Exporter`)."""
+        exporter = Exporter(self.graph, self.leftovers, encode)
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.shell)
+        proto.graph.CopyFrom(exporter.graph(self.graph))
+        known = {o.domain for o in proto.opset_import}
+        for domain in dict.fromkeys(n.domain for n in self.nodes() if n.domain):
+            if domain not in known:
+                proto.opset_import.add(domain=domain, version=1)
+        return proto
+
+    def weight_bytes(self) -> int:
+        """Bytes of all constants, without reading them."""
+        return sum(int(np.prod(c.shape, dtype=np.int64)) * np.dtype(c.dtype).itemsize for c in self.constants())
+
+    def sort(self) -> None:
+        """Order the nodes of every graph topologically: stable (kept where already sorted) and without recursion."""
+        for graph in walk(self.graph):
+            _sort(graph)
+
+    def verify(self) -> None:
+        """Raise ModelError unless names are unique, inputs produced before use, and onnx's checker and shape inference agree."""
+        self._verify_structure()
+        skeleton = self.skeleton()
+        try:
+            onnx.checker.check_model(skeleton, full_check=self.strict)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ModelError(f"the model is not valid ONNX: {_first_lines(error)}") from error
+
+    def _verify_structure(self) -> None:
+        written: dict[str, str] = {}
+        for graph in walk(self.graph):
+            for tensor in graph.inputs:
+                written[tensor.name] = "the graph's inputs"
+            for node in graph.nodes:
+                for tensor in node.outputs:
+                    if tensor.name and written.setdefault(tensor.name, node.name) != node.name:
+                        raise ModelError(f"tensor '{tensor.name}' is written by both '{written[tensor.name]}' and '{node.name}'")
+        for graph in walk(self.graph):
+            users = [(f"node '{n.name}' ({n.op})", n.inputs) for n in graph.nodes]
+            for who, tensors in [*users, ("the graph's outputs", graph.outputs)]:
+                for tensor in tensors:
+                    if tensor.name and not isinstance(tensor, gs.Constant) and tensor.name not in written:
+                        raise ModelError(f"{who}: '{tensor.name}' is produced by no node, input or initializer")
+
+
+def _first_lines(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:400] + " ..."
+
+
+def _sort(graph: gs.Graph) -> None:
+    """Kahn's order by original position (networkx); captured tensors of bodies count as inputs of their node."""
+    position = {id(t): i for i, n in enumerate(graph.nodes) for t in n.outputs if t.name}
+    edges = [(position[id(t)], i) for i, n in enumerate(graph.nodes) for t in _reads(n) if id(t) in position]
+    if all(a < b for a, b in edges):
+        return
+    order = nx.DiGraph()
+    order.add_nodes_from(range(len(graph.nodes)))
+    order.add_edges_from(edges)
+    try:
+        indices = list(nx.lexicographical_topological_sort(order))
+    except nx.NetworkXUnfeasible as error:
+        cycle = " -> ".join(graph.nodes[a].name for a, *_ in nx.find_cycle(order))
+        raise ModelError(f"the graph has a cycle: {cycle}") from error
+    graph.nodes = [graph.nodes[i] for i in indices]
+
+
+def _reads(node: gs.Node) -> list[gs.Tensor]:
+    inner = (v for v in node.attrs.values() if isinstance(v, gs.Graph))
+    return [*node.inputs, *(t for g in inner for body in walk(g) for n in body.nodes for t in (*n.inputs, *body.outputs))]
+
+
+def from_proto(proto: onnx.ModelProto, *, path: Path | None = None) -> Model:
+    """Import a ModelProto; raises ModelError with one line on anything broken."""
+    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if not proto.HasField("graph") or proto.ir_version < 1:
+        raise ModelError("not an ONNX model: it has no graph or no IR version; is the file complete?")
+    if opset > onnx.defs.onnx_opset_version():
+        raise ModelError(f"opset {opset} is newer than the installed onnx knows ({onnx.defs.onnx_opset_version()}): upgrade onnx")
+    if opset and opset < MIN_OPSET:
+        raise ModelError(f"opset {opset} is too old: graphopt reads {MIN_OPSET} and later; convert with onnx.version_converter")
+    if proto.functions:
+        proto = _inline(proto)
+    importer = Importer(proto, path.parent if path else None)
+    graph = importer.graph(proto.graph, {})
+    shell = onnx.ModelProto()
+    shell.CopyFrom(_without_graph(proto))
+    shell.ir_version = max(shell.ir_version, 4)  # initializers need not be inputs (ONNX IR spec, version 4)
+    for entry in shell.opset_import:
+        entry.domain = "" if entry.domain == "ai.onnx" else entry.domain
+    model = Model(graph, shell, importer.leftovers, path)
+    if importer.leftovers.defaults:
+        names = ", ".join(list(importer.leftovers.defaults)[:3])
+        model.notes.append(
+            f"{len(importer.leftovers.defaults)} inputs have overridable defaults ({names} ...) and are not constants: "
+            "run freeze-inputs first to optimise them"
+        )
+    model.sort()
+    model._verify_structure()
+    model.strict = _passes_full_check(model)
+    return model
+
+
+def _without_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A shallow copy of all fields but the graph and the (inlined) functions; the graph may be gigabytes."""
+    shell = onnx.ModelProto()
+    for field_, value in proto.ListFields():
+        if field_.name in ("graph", "functions"):
+            continue
+        if hasattr(value, "add"):
+            getattr(shell, field_.name).extend(value)
+        elif hasattr(value, "CopyFrom"):
+            getattr(shell, field_.name).CopyFrom(value)
+        else:
+            setattr(shell, field_.name, value)
+    return shell
+
+
+def _inline(proto: onnx.ModelProto) -> onnx.ModelProto:
+    import onnx.inliner
+
+    try:
+        return onnx.inliner.inline_local_functions(proto, convert_version=True)
+    except Exception as error:  # the C++ inliner raises bare RuntimeErrors
+        raise ModelError(f"its local functions cannot be inlined: {_first_lines(error)}") from error
+
+
+def _passes_full_check(model: Model) -> bool:
+    try:
+        onnx.checker.check_model(model.skeleton(), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        model.notes.append(f"onnx's full check rejects the model as given: {_first_lines(error)}")
+        return False
+    return True
+
+
+def load(source: str | Path | onnx.ModelProto | Model) -> Model:
+    """Load a model from a path (weights stay on disk until used) or a ModelProto. Raises ModelError."""
+    if isinstance(source, Model):
+        return source
+    if isinstance(source, onnx.ModelProto):
+        return from_proto(source)
+    path = Path(source)
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError as error:
+        raise ModelError(f"no such file: {path}") from error
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # protobuf raises its own DecodeError, which differs between its implementations
+        raise ModelError(f"{path} is not an ONNX model or is truncated: {_first_lines(error)}") from error
+    try:
+        return from_proto(proto, path=path)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
