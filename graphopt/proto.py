@@ -335,7 +335,8 @@ def _plain(dim: Any) -> int | str | None:
 
 def _schema_type(node: gs.Node, name: str, default: AttributeProto.AttributeType) -> AttributeProto.AttributeType:
     try:
-        return cast(Any, int(cast(Any, onnx.defs.get_schema(node.op, domain=node.domain or "").attributes[name].type)))
+        kind = int(cast(Any, onnx.defs.get_schema(node.op, domain=node.domain or "").attributes[name].type))
+        return cast("AttributeProto.AttributeType", kind)
     except (onnx.defs.SchemaError, KeyError):
         return default
 

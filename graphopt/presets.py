@@ -1,0 +1,27 @@
+"""Named pipelines. A preset is used wherever a pass name is: on the command line, in TOML, in other presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`repeat`: run again until no pass of it changes anything (its passes enable each other)."""
+
+    passes: str
+    summary: str
+    repeat: bool = False
+
+
+CLEANUP = (
+    "fold-constants, remove-noops, merge-reshapes, fuse-pads, common-subexpressions, merge-initializers, flush-denormals, dead-code"
+)
+
+PRESETS: dict[str, Preset] = {
+    "cleanup": Preset(CLEANUP, "exact simplification: fewer nodes, the same outputs", repeat=True),
+    "fold": Preset("cleanup, fold-bn, fold-scales, cleanup", "cleanup, and per-channel scales folded into the weights"),
+    "int8": Preset("fold, quantize", "fold, then INT8 (needs calibration data)"),
+    "prune": Preset("fold, prune-channels ratio=0.25, cleanup", "fold, then a quarter of every prunable group removed"),
+    "prune-int8": Preset("prune, quantize", "prune, then INT8 (needs calibration data)"),
+}

@@ -1,0 +1,84 @@
+"""onnxruntime sessions for checking, calibrating and measuring; the only place that makes them."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from graphopt.errors import ModelError
+
+if TYPE_CHECKING:
+    from graphopt.model import Model
+
+Feed = Mapping[str, np.ndarray]
+
+
+def session(model: str | Path | bytes | onnx.ModelProto, *, threads: int = 1, optimize: bool = True, profile: str = "") -> Any:
+    """A CPU InferenceSession. `optimize=False` runs the graph as written. Raises ModelError where onnxruntime refuses it."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    content = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
+    content = str(content) if isinstance(content, Path) else content
+    try:
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base class of their own
+        raise ModelError(f"onnxruntime cannot load the model: {' '.join(str(error).split())[:400]}") from error
+
+
+@contextlib.contextmanager
+def runnable(model: Model) -> Iterator[bytes | Path]:
+    """What `session` can open: bytes, or a temporary file with external weights where the model is over 2 GB."""
+    from graphopt.emit import save, serialized
+    from graphopt.external import LIMIT
+
+    if model.weight_bytes() <= LIMIT:
+        yield serialized(model.proto())
+        return
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        path = Path(folder) / "model.onnx"
+        save(model, path, external=True)
+        yield path
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A model input: dynamic axes are symbols (str) or None."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int | str | None, ...] | None
+
+
+def input_specs(model: Model) -> list[InputSpec]:
+    """The inputs a user must feed. Raises ModelError on inputs that are not tensors."""
+    specs = []
+    for tensor in model.graph.inputs:
+        if tensor.name in model.leftovers.defaults:
+            continue
+        if tensor.dtype is None:
+            raise ModelError(f"input '{tensor.name}' is not a tensor with a known dtype: graphopt cannot feed it")
+        shape = None if tensor.shape is None else tuple(tensor.shape)
+        specs.append(InputSpec(tensor.name, np.dtype(tensor.dtype), shape))
+    return specs
+
+
+def run(runner: Any, feed: Feed, names: Sequence[str] | None = None) -> list[Any]:
+    """Run one feed; raises ModelError with onnxruntime's message in one line."""
+    try:
+        return list(runner.run(names, dict(feed)))
+    except Exception as error:  # as above
+        raise ModelError(f"onnxruntime cannot run the model: {' '.join(str(error).split())[:400]}") from error
