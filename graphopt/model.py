@@ -88,6 +88,13 @@ class Model:
 
         return self.encoded(encode)
 
+    def interface(self) -> onnx.ModelProto:
+        """Only the inputs that a caller must feed and the outputs: no nodes, no weights."""
+        exporter = Exporter(gs.Graph([], [], []), self.leftovers, encode_inline)
+        fed = [t for t in self.graph.inputs if t.name not in self.leftovers.defaults]
+        graph = onnx.GraphProto(input=[exporter.info(t) for t in fed], output=[exporter.info(t) for t in self.graph.outputs])
+        return onnx.ModelProto(graph=graph)
+
     def encoded(self, encode: Any) -> onnx.ModelProto:
         """The model as protobuf with each constant as `encode` gives it (see `proto.Exporter`)."""
         exporter = Exporter(self.graph, self.leftovers, encode)

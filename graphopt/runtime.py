@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,28 +51,6 @@ def runnable(model: Model) -> Iterator[bytes | Path]:
         path = Path(folder) / "model.onnx"
         save(model, path, external=True)
         yield path
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """A model input: dynamic axes are symbols (str) or None."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int | str | None, ...] | None
-
-
-def input_specs(model: Model) -> list[InputSpec]:
-    """The inputs a user must feed. Raises ModelError on inputs that are not tensors."""
-    specs = []
-    for tensor in model.graph.inputs:
-        if tensor.name in model.leftovers.defaults:
-            continue
-        if tensor.dtype is None:
-            raise ModelError(f"input '{tensor.name}' is not a tensor with a known dtype: graphopt cannot feed it")
-        shape = None if tensor.shape is None else tuple(tensor.shape)
-        specs.append(InputSpec(tensor.name, np.dtype(tensor.dtype), shape))
-    return specs
 
 
 def run(runner: Any, feed: Feed, names: Sequence[str] | None = None) -> list[Any]:
