@@ -1,0 +1,124 @@
+"""The report: what each pass did, and what was gained and lost, as JSON with a published schema (docs/report.schema.json)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RejectionRow(_Row):
+    """Matches that a pass left alone."""
+
+    reason: str
+    op: str
+    count: int
+    example: str = Field(description="name of one such node")
+
+
+class PassRow(_Row):
+    """One run of one pass."""
+
+    name: str
+    options: dict[str, Any]
+    changes: int = Field(description="0: the model is untouched")
+    seconds: float
+    nodes: int = Field(description="nodes after the pass, subgraphs included")
+    parameters: int
+    macs: int | None = Field(description="multiply-accumulates of one row; null where shapes are unknown")
+    weight_bytes: int
+    rejected: list[RejectionRow]
+    facts: dict[str, Any] = Field(description="what the pass tells of itself")
+
+
+class LatencyRow(_Row):
+    """Interleaved with the other model in one process."""
+
+    p50_ms: float
+    p95_ms: float
+    runs: int
+    batch: int
+    threads: int
+
+
+class ModelRow(_Row):
+    """One model, measured."""
+
+    path: str | None
+    nodes: int
+    parameters: int
+    macs: int | None
+    weight_bytes: int
+    file_bytes: int | None
+    quality: float | None = Field(description="mean of the metric over the evaluation rows")
+    latency: LatencyRow | None
+    peak_memory_bytes: int | None = Field(description="by which loading and running raises a fresh process's peak")
+
+
+class QualityRow(_Row):
+    """The two models on the same evaluation rows."""
+
+    metric: str
+    rows: int
+    original: float
+    optimized: float
+    lost: int
+    won: int
+    p_value: float = Field(description="exact two-sided sign test on the rows that differ")
+
+
+class OutputRow(_Row):
+    """How far one output moved, on calibration, evaluation or generated rows."""
+
+    name: str
+    max_error: float
+    mean_error: float
+    scale: float
+    sqnr_db: float | None = Field(description="null: no error at all")
+    cosine: float
+    argmax_agreement: float | None
+
+
+class Environment(_Row):
+    """What the figures were measured with."""
+
+    graphopt: str
+    onnx: str
+    onnxruntime: str
+    python: str
+    cpu: str
+    cpu_features: list[str]
+
+
+class Report(BaseModel):
+    """What `graphopt optimize` did to one model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    environment: Environment
+    source: str | None
+    source_sha256: str | None
+    target: str
+    pipeline: str = Field(description="the passes as --passes reads them")
+    calibration: str | None = Field(default=None, description="where the rows came from, and their SHA-256")
+    seconds: float
+    passes: list[PassRow]
+    before: ModelRow
+    after: ModelRow
+    speedup: float | None = Field(default=None, description="median of paired latency ratios; below 1 the result is slower")
+    quality: QualityRow | None = None
+    outputs: list[OutputRow] = Field(default_factory=list)
+    checked_passes: int = Field(default=0, description="exact passes whose outputs were compared before and after (--check)")
+    warnings: list[str] = Field(default_factory=list)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of the report."""
+    return Report.model_json_schema()
