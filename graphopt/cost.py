@@ -1,0 +1,330 @@
+"""What a model costs: parameters, bytes of weights, and multiply-accumulates (MACs) of every node.
+
+The MACs of a node are a sum of `Term`s, each a product of axis sizes. Pruning can thus recount a model whose axes shrank without
+looking at the graph again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.attributes import op_key
+from graphopt.errors import ModelError
+from graphopt.model import Model, from_proto
+from graphopt.proto import subgraphs
+from graphopt.shapes import Shape, Shapes
+from graphopt.shapes import shapes as infer
+
+Axis = tuple[str, int]  # tensor name, axis
+BATCH, IMAGE, OTHER = 1, 224, 64  # sizes assumed for dynamic axes: the first one, height and width of rank 4 and 5, all others
+
+
+@dataclass(frozen=True)
+class Term:
+    """A product of axis sizes times a constant."""
+
+    axes: tuple[Axis, ...]
+    factor: int = 1
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """One node that multiplies and accumulates; its MACs are the sum of its terms."""
+
+    name: str
+    op: str
+    macs: int
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Figures of a whole model; see `costs` for what is counted."""
+
+    parameters: int
+    weight_bytes: int
+    macs: int
+    nodes: tuple[NodeCost, ...]
+    sizes: Mapping[Axis, int]  # every axis that a term names
+    assumed: Mapping[str, int]  # 'input[axis]' or 'input[symbol]' -> the size taken for a dynamic axis
+    uncounted: tuple[tuple[str, str], ...]  # node, why its MACs are not in the sum
+
+
+class _UnknownError(Exception):
+    """The MACs of a node cannot be told; the text says why."""
+
+
+@dataclass(frozen=True)
+class _Node:
+    """What a rule sees: the node and the number of axes of its tensors."""
+
+    node: gs.Node
+    shapes: Shapes
+
+    def axes(self, tensor: gs.Tensor, *which: int) -> tuple[Axis, ...]:
+        """The named axes of a tensor, all of them where none is named; negative ones count from the end."""
+        shape = self.shapes.static(tensor.name)
+        if shape is None:
+            raise _UnknownError(f"the shape of '{tensor.name}' is not known")
+        return tuple((tensor.name, axis % len(shape)) for axis in which or range(len(shape)))
+
+    def rank(self, tensor: gs.Tensor) -> int:
+        return len(self.axes(tensor))
+
+
+Rule = Callable[[_Node], list[Term]]
+
+
+def _conv(x: int, w: int) -> Rule:
+    """Each output pixel takes one filter: [N, M, *O] x [M, C/group, *K] (ONNX operator Conv)."""
+
+    def rule(n: _Node) -> list[Term]:
+        y = n.node.outputs[0]
+        return [Term((*n.axes(y, 0, *range(2, n.rank(y))), *n.axes(n.node.inputs[w])))]
+
+    return rule
+
+
+def _conv_transpose(n: _Node) -> list[Term]:
+    """Each input pixel is spread by one filter: [N, C, *I] x [C, M/group, *K] (ONNX operator ConvTranspose)."""
+    x, w = n.node.inputs[:2]
+    return [Term((*n.axes(x, 0, *range(2, n.rank(x))), *n.axes(w)))]
+
+
+def _matmul(a: int, b: int) -> Rule:
+    """Each output element sums over the last axis of A (numpy.matmul)."""
+
+    def rule(n: _Node) -> list[Term]:
+        y = n.node.outputs[0]
+        return [Term((*(n.axes(y) if n.shapes.rank(y.name) else ()), *n.axes(n.node.inputs[a], -1)))]
+
+    return rule
+
+
+def _gemm(a: int, b: int) -> Rule:
+    """[M, K] x [K, N], either transposed (ONNX operator Gemm)."""
+
+    def rule(n: _Node) -> list[Term]:
+        inner = 0 if n.node.attrs.get("transA", 0) else 1
+        return [Term((*n.axes(n.node.outputs[0]), *n.axes(n.node.inputs[a], inner)))]
+
+    return rule
+
+
+def _recurrent(n: _Node) -> list[Term]:
+    """Every step multiplies by W and by R; X is [steps, batch, input], or [batch, steps, input] (ONNX operators RNN, GRU, LSTM)."""
+    x, w, r = n.node.inputs[:3]
+    steps = n.axes(x, 0, 1)
+    return [Term((*steps, *n.axes(w))), Term((*steps, *n.axes(r)))]
+
+
+def _einsum(n: _Node) -> list[Term]:
+    """The product of the sizes of all letters; operands are taken as multiplied all at once."""
+    sides = str(n.node.attrs.get("equation", "")).replace(" ", "").split("->")[0].split(",")
+    if "." in "".join(sides) or any(len(side) != n.rank(t) for side, t in zip(sides, n.node.inputs, strict=True)):
+        raise _UnknownError("an equation with an ellipsis")
+    letters = {letter: (t.name, i) for side, t in zip(sides, n.node.inputs, strict=True) for i, letter in enumerate(side)}
+    return [Term(tuple(letters.values()))] if len(sides) > 1 else []
+
+
+def _matmul_nbits(n: _Node) -> list[Term]:
+    """Weights of few bits, unpacked on the fly: the sizes are attributes (com.microsoft.MatMulNBits)."""
+    return [Term(n.axes(n.node.inputs[0]), int(n.node.attrs.get("N", 0)))]
+
+
+def _no_rule(n: _Node) -> list[Term]:
+    raise _UnknownError("no rule counts the MACs of this op")
+
+
+# by op; what is not here multiplies nothing worth counting (elementwise ops, pooling, normalisation, softmax count as zero)
+MAC_RULES: dict[str, Rule] = {
+    "Attention": _no_rule,
+    "Conv": _conv(0, 1),
+    "ConvInteger": _conv(0, 1),
+    "ConvTranspose": _conv_transpose,
+    "DeformConv": _conv(0, 1),
+    "Einsum": _einsum,
+    "GRU": _recurrent,
+    "Gemm": _gemm(0, 1),
+    "LSTM": _recurrent,
+    "MatMul": _matmul(0, 1),
+    "MatMulInteger": _matmul(0, 1),
+    "QLinearConv": _conv(0, 3),
+    "QLinearMatMul": _matmul(0, 3),
+    "RNN": _recurrent,
+    "com.microsoft::DynamicQuantizeLSTM": _recurrent,
+    "com.microsoft::DynamicQuantizeMatMul": _matmul(0, 1),
+    "com.microsoft::FusedConv": _conv(0, 1),
+    "com.microsoft::FusedGemm": _gemm(0, 1),
+    "com.microsoft::MatMulIntegerToFloat": _matmul(0, 1),
+    "com.microsoft::MatMulNBits": _matmul_nbits,
+    "com.microsoft::QGemm": _gemm(0, 3),
+    "com.microsoft::QLinearConv": _conv(0, 3),
+}
+# ops of other domains that are known to multiply nothing worth counting; any other is reported as uncounted
+ELEMENTWISE = frozenset(
+    f"com.microsoft::{op}"
+    for op in (
+        "BiasGelu BiasSoftmax BiasSplitGelu DequantizeLinear FastGelu Gelu QLinearAdd QLinearAveragePool QLinearConcat "
+        "QLinearGlobalAveragePool QLinearLeakyRelu QLinearMul QLinearSigmoid QLinearSoftmax QuantizeLinear QuickGelu "
+        "SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization"
+    ).split()
+)
+
+# inputs that hold settings and not weights, by op: bounds, paddings, scales and zero points
+_SETTINGS: dict[str, frozenset[int]] = {
+    "Clip": frozenset({1, 2}),
+    "ConvInteger": frozenset({2, 3}),
+    "DequantizeLinear": frozenset({1, 2}),
+    "MatMulInteger": frozenset({2, 3}),
+    "Pad": frozenset({1, 2, 3}),
+    "QLinearConv": frozenset({1, 2, 4, 5, 6, 7}),
+    "QLinearMatMul": frozenset({1, 2, 4, 5, 6, 7}),
+    "QuantizeLinear": frozenset({1, 2}),
+    "Resize": frozenset({1, 2, 3}),
+    "Upsample": frozenset({1}),
+    "com.microsoft::DynamicQuantizeLSTM": frozenset({8, 9, 10, 11}),
+    "com.microsoft::DynamicQuantizeMatMul": frozenset({2, 3}),
+    "com.microsoft::MatMulIntegerToFloat": frozenset({2, 3, 4, 5}),
+    "com.microsoft::MatMulNBits": frozenset({2, 3, 4}),
+    "com.microsoft::QGemm": frozenset({1, 2, 4, 5, 7, 8}),
+    "com.microsoft::QLinearConv": frozenset({1, 2, 4, 5, 6, 7}),
+}
+# where int32 is a bias and not an index: inputs by op
+_INT32_WEIGHTS: dict[str, frozenset[int]] = {
+    "DequantizeLinear": frozenset({0}),
+    "QLinearConv": frozenset({8}),
+    "com.microsoft::QGemm": frozenset({6}),
+    "com.microsoft::QLinearConv": frozenset({8}),
+}
+
+
+def weights(model: Model) -> list[gs.Constant]:
+    """The constants that are parameters of the model.
+
+    Floating-point constants and integers of at most 8 bits with at least one axis, and int32 biases of quantised ops, each once,
+    those of subgraphs too. Not counted: scalars, wider integers (shapes, indices), booleans, strings, and what only sets an op up
+    (Clip's bounds, Resize's scales, scales and zero points of quantised ops).
+    """
+    return [c for c in model.constants() if len(c.shape) and any(_is_weight(c, node) for node in c.outputs)]
+
+
+def _is_weight(constant: gs.Constant, node: gs.Node) -> bool:
+    key, dtype = op_key(node), np.dtype(constant.dtype)
+    places = {i for i, t in enumerate(node.inputs) if t is constant}
+    if dtype == np.int32:
+        return bool(places & _INT32_WEIGHTS.get(key, frozenset()))
+    numeric = dtype.kind in "fV" or (dtype.kind in "iu" and dtype.itemsize == 1)  # 'V': bfloat16, float8, int4 of ml_dtypes
+    return numeric and bool(places - _SETTINGS.get(key, frozenset()))
+
+
+def parameters(model: Model) -> int:
+    """Elements of all `weights`."""
+    return sum(prod(c.shape) for c in weights(model))
+
+
+def costs(model: Model, shapes: Shapes, *, sizes: Mapping[str, int] | None = None) -> Costs:
+    """Parameters, bytes and MACs of a model.
+
+    Batch is 1. Other dynamic axes take the size `sizes` gives them (by symbol, or as 'input[axis]'), else 224 where they are
+    height, width or depth of an input of rank 4 or 5, else 64; `Costs.assumed` says what was taken. Of the branches of an If
+    the costliest counts; the body of a Loop or Scan counts once.
+    """
+    bound, assumed = _bind(model, shapes, sizes or {})
+    counted: list[NodeCost] = []
+    uncounted: list[tuple[str, str]] = []
+    macs = _count(model.graph, bound, counted, uncounted)
+    named = {axis for n in counted for term in n.terms for axis in term.axes}
+    lengths = {axis: (bound.static(axis[0]) or ())[axis[1]] for axis in named}
+    held = weights(model)
+    return Costs(
+        sum(prod(c.shape) for c in held),
+        sum(prod(c.shape) * np.dtype(c.dtype).itemsize for c in held),
+        macs,
+        tuple(counted),
+        lengths,
+        assumed,
+        tuple(uncounted),
+    )
+
+
+def _count(graph: gs.Graph, shapes: Shapes, counted: list[NodeCost], uncounted: list[tuple[str, str]]) -> int:
+    """Append the costs of the graph's nodes and return their sum; subgraphs as `costs` says."""
+    total = 0
+    for node in graph.nodes:
+        rule = MAC_RULES.get(op_key(node), _no_rule if node.domain and op_key(node) not in ELEMENTWISE else None)
+        if rule is not None:
+            total += _count_node(node, rule, shapes, counted, uncounted)
+        bodies: list[tuple[int, list[NodeCost]]] = []
+        for body in subgraphs(node):
+            inner: list[NodeCost] = []
+            bodies.append((_count(body, shapes, inner, uncounted), inner))
+        if bodies:
+            costliest = max(bodies, key=lambda b: b[0])
+            total += costliest[0]
+            counted.extend(costliest[1])
+    return total
+
+
+def _count_node(node: gs.Node, rule: Rule, shapes: Shapes, counted: list[NodeCost], uncounted: list[tuple[str, str]]) -> int:
+    try:
+        terms = tuple(rule(_Node(node, shapes)))
+    except _UnknownError as reason:
+        uncounted.append((node.name, str(reason)))
+        return 0
+    macs = sum(t.factor * prod((shapes.static(name) or ())[axis] for name, axis in t.axes) for t in terms)
+    if macs:
+        counted.append(NodeCost(node.name, op_key(node), macs, terms))
+    return macs
+
+
+def _bind(model: Model, shapes: Shapes, sizes: Mapping[str, int]) -> tuple[Shapes, dict[str, int]]:
+    """Shapes with every dynamic axis of the inputs at its nominal size, and the sizes taken."""
+    assumed: dict[str, int] = {}
+    symbols: dict[str, int] = {}
+    taken: dict[str, list[int]] = {}
+    for tensor in model.graph.inputs:
+        shape = shapes.shape(tensor.name)
+        if shape is not None and not all(isinstance(d, int) and d >= 0 for d in shape):
+            taken[tensor.name] = [_nominal(tensor.name, axis, shape, symbols, sizes) for axis in range(len(shape))]
+            places = [f"{tensor.name}[{d if isinstance(d, str) else i}]" for i, d in enumerate(shape)]
+            dynamic = [i for i, d in enumerate(shape) if not isinstance(d, int) or d < 0]
+            assumed.update({places[i]: taken[tensor.name][i] for i in dynamic})
+    if not taken:
+        return shapes, assumed
+    try:
+        bound = infer(_with_inputs(model, taken))
+    except ModelError:  # the model itself contradicts these sizes; what is static without them still counts
+        return shapes, {}
+    known = {name: shape for name, shape in bound.shapes.items() if bound.static(name) is not None}
+    return Shapes({**shapes.shapes, **known}, shapes.dtypes), assumed
+
+
+def _nominal(name: str, axis: int, shape: Shape, symbols: dict[str, int], sizes: Mapping[str, int]) -> int:
+    """The size of one axis of an input; a symbol has the size of its first appearance everywhere."""
+    dim = shape[axis]
+    if isinstance(dim, int) and dim >= 0:  # some exporters write -1 for a dynamic axis
+        return dim
+    default = BATCH if axis == 0 else IMAGE if len(shape) in (4, 5) and axis >= 2 else OTHER
+    if isinstance(dim, str):
+        return symbols.setdefault(dim, sizes.get(f"{name}[{axis}]", sizes.get(dim, default)))
+    return sizes.get(f"{name}[{axis}]", default)
+
+
+def _with_inputs(model: Model, taken: Mapping[str, Collection[int]]) -> Model:
+    """A copy without large weights whose inputs have these shapes and whose other tensors have no symbolic sizes."""
+    proto = model.skeleton()
+    for info in proto.graph.input:
+        if info.name in taken:
+            del info.type.tensor_type.shape.dim[:]
+            for size in taken[info.name]:
+                info.type.tensor_type.shape.dim.add(dim_value=size)
+    for info in (*proto.graph.value_info, *proto.graph.output):
+        for dim in info.type.tensor_type.shape.dim:
+            dim.ClearField("dim_param")
+    return from_proto(proto)
