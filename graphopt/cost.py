@@ -48,7 +48,8 @@ class Costs:
 
     parameters: int
     weight_bytes: int
-    macs: int
+    macs: int | None  # None where some node could not be counted
+    counted_macs: int  # of the nodes that could
     nodes: tuple[NodeCost, ...]
     sizes: Mapping[Axis, int]  # every axis that a term names
     assumed: Mapping[str, int]  # 'input[axis]' or 'input[symbol]' -> the size taken for a dynamic axis
@@ -228,14 +229,14 @@ def parameters(model: Model) -> int:
     return sum(prod(c.shape) for c in weights(model))
 
 
-def costs(model: Model, shapes: Shapes, *, sizes: Mapping[str, int] | None = None) -> Costs:
-    """Parameters, bytes and MACs of a model.
+def costs(model: Model, shapes: Shapes | None = None, *, sizes: Mapping[str, int] | None = None) -> Costs:
+    """Parameters, bytes and MACs of a model; `shapes` spares inferring them.
 
     Batch is 1. Other dynamic axes take the size `sizes` gives them (by symbol, or as 'input[axis]'), else 224 where they are
     height, width or depth of an input of rank 4 or 5, else 64; `Costs.assumed` says what was taken. Of the branches of an If
     the costliest counts; the body of a Loop or Scan counts once.
     """
-    bound, assumed = _bind(model, shapes, sizes or {})
+    bound, assumed = _bind(model, shapes or infer(model), sizes or {})
     counted: list[NodeCost] = []
     uncounted: list[tuple[str, str]] = []
     macs = _count(model.graph, bound, counted, uncounted)
@@ -245,6 +246,7 @@ def costs(model: Model, shapes: Shapes, *, sizes: Mapping[str, int] | None = Non
     return Costs(
         sum(prod(c.shape) for c in held),
         sum(prod(c.shape) * np.dtype(c.dtype).itemsize for c in held),
+        None if uncounted else macs,
         macs,
         tuple(counted),
         lengths,
