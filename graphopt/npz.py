@@ -62,6 +62,29 @@ class MemoryColumn:
 
 
 @dataclass(frozen=True)
+class OneRow:
+    """An array without a row axis, as a column of one row."""
+
+    whole: Column
+
+    @property
+    def where(self) -> str:
+        return self.whole.where
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.whole.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (1, *self.whole.shape)
+
+    def blocks(self, rows: int) -> Iterator[np.ndarray]:
+        for block in self.whole.blocks(max(1, *self.whole.shape[:1])):
+            yield block[None]
+
+
+@dataclass(frozen=True)
 class FileColumn:
     """A C-ordered array in a .npy file, or in a member of a .npz; `offset` is where its data start."""
 
@@ -87,10 +110,11 @@ def _reading(where: str) -> Iterator[None]:
     """Turn whatever a damaged file makes zipfile, zlib or numpy raise into one line."""
     try:
         yield
-    except (DataError, GeneratorExit, MemoryError):
+    except (DataError, MemoryError):
         raise
     except Exception as error:
-        raise DataError(f"data {where}: cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"data {where}: cannot be read: {reason}") from error
 
 
 @contextmanager
@@ -124,10 +148,10 @@ def _column(where: str, path: Path, member: str | None, size: int) -> FileColumn
     if dtype.hasobject or dtype.names:
         raise DataError(f"data {where}: holds Python objects or records ({dtype}); save a numeric array")
     if fortran:
-        raise DataError(f"data {where}: is stored in Fortran order, which cannot be streamed by rows; save np.ascontiguousarray(array)")
+        raise DataError(f"data {where}: is in Fortran order, which cannot be streamed by rows; save np.ascontiguousarray(array)")
     expected = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if size != expected:
-        raise DataError(f"data {where}: {list(shape)} {dtype} takes {expected} bytes with its header, found {size}; write the file again")
+        raise DataError(f"data {where}: {list(shape)} {dtype} takes {expected} bytes, found {size}; write the file again")
     return FileColumn(where, path, member, dtype, tuple(shape), offset)
 
 

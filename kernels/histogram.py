@@ -1,8 +1,8 @@
 """Minimum, maximum, non-finite count and a mergeable histogram of float32 rows, in one pass over memory.
 
-Bins are powers of two wide, aligned at zero and symmetric: with `k = trunc(|x| / 2**exponent)`, x lies in bin `SIDE + k` where
-x >= 0 and in bin `SIDE - 1 - k` where x < 0. Doubling the width maps k to k >> 1 exactly, so histograms of any split of the data merge
-to the histogram of the whole. The exponent is the smallest that keeps k below `SIDE`.
+Bins are powers of two wide, aligned at zero and symmetric: with `k = trunc(|x| / 2**exponent)`, x lies in bin `SIDE + k`
+where x >= 0 and in bin `SIDE - 1 - k` where x < 0. Doubling the width maps k to k >> 1 exactly, so histograms of any split
+of the data merge to the histogram of the whole. The exponent is the smallest that keeps k below `SIDE`.
 
 All comparisons are made on the bits as integers: LLVM vectorises integer minima, while float minima need fastmath, which would
 lose NaN and Inf.
@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-SIDE = 4096  # bins on each side of zero
-MIN_EXPONENT = -126  # 2**126 is the largest scale float32 can hold; denormals share the finest bins
+from graphopt.kernels.reference import MIN_EXPONENT, SIDE
+
 _BLOCK = 4096  # floats of a block that stay in the L1 cache between the two loops over them
 _SIGN_OFF = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
@@ -60,7 +60,8 @@ def _finite_extremes(bits: np.ndarray) -> tuple[int, int, int, int]:
 @njit("int64(int32)", cache=True, nogil=True)
 def _exponent(magnitude: int) -> int:
     """The smallest exponent whose bins hold a float of these magnitude bits."""
-    return max(np.int64(magnitude >> np.int32(23)) - 126 - 12, MIN_EXPONENT)
+    exponent: int = max(np.int64(magnitude >> np.int32(23)) - 126 - 12, MIN_EXPONENT)
+    return exponent
 
 
 @njit("void(float32[::1], int32[::1], int64[::1], int64)", cache=True, nogil=True)

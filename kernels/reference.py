@@ -1,0 +1,38 @@
+"""What each kernel computes, in plain numpy and float64: the tests compare the kernels with these."""
+
+from __future__ import annotations
+
+import numpy as np
+
+SIDE = 4096  # histogram bins on each side of zero
+MIN_EXPONENT = -126  # log2 of the finest bin width: 2**126 is the largest scale float32 can hold
+
+
+def exponent_of(magnitude: float) -> int:
+    """The smallest exponent >= MIN_EXPONENT with magnitude < SIDE * 2**exponent."""
+    return max(int(np.frexp(magnitude)[1]) - 12, MIN_EXPONENT)
+
+
+def widen(counts: np.ndarray, shift: int) -> np.ndarray:
+    """The histogram with bins 2**shift times as wide; the same array where shift is 0."""
+    if shift == 0:
+        return counts
+    bins = np.arange(-SIDE, SIDE) >> min(shift, 62)  # arithmetic: -1 stays -1
+    wide = np.zeros_like(counts)
+    np.add.at(wide, bins + SIDE, counts)
+    return wide
+
+
+def scan(rows: np.ndarray) -> tuple[np.ndarray, int, np.ndarray, np.ndarray, np.ndarray]:
+    """(counts int64 [2 * SIDE], exponent, low, high, non-finite count of each row) of float32 [rows, elements].
+
+    With k = trunc(|x| / 2**exponent), x is counted in bin SIDE + k where x >= 0 and in bin SIDE - 1 - k where x < 0.
+    """
+    finite = np.isfinite(rows)
+    low = np.where(finite, rows, np.inf).min(1, initial=np.inf)
+    high = np.where(finite, rows, -np.inf).max(1, initial=-np.inf)
+    values = rows[finite].astype(np.float64)
+    exponent = exponent_of(float(np.abs(values).max(initial=0)))
+    k = np.trunc(np.abs(values) * 2.0**-exponent).astype(np.int64)
+    counts = np.bincount(np.where(values < 0, SIDE - 1 - k, SIDE + k), minlength=2 * SIDE).astype(np.int64)
+    return counts, exponent, low.astype(np.float32), high.astype(np.float32), (~finite).sum(1)
