@@ -61,6 +61,5 @@ def _value(value: Any) -> str:
     if isinstance(value, gs.Constant):
         return _constant(value)
     if isinstance(value, AttributeProto):
-        return AttributeProto.AttributeType.Name(value.type).lower()
-    shown: str = f"{value:g}" if isinstance(value, float) else repr(value)
-    return shown
+        return str(AttributeProto.AttributeType.Name(value.type)).lower()
+    return f"{value:g}" if isinstance(value, float) else repr(value)

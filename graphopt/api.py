@@ -1,0 +1,282 @@
+"""`graphopt.optimize`: load, run the passes, check, measure, report. The command line is a thin shell around it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from graphopt import emit
+from graphopt.context import Context, Progress
+from graphopt.errors import CheckError, ModelError, OptionError
+from graphopt.model import Model, from_proto, load
+from graphopt.pipeline import Hook, Step, StepResult, from_toml, parse, run, to_text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from graphopt.data import Dataset
+    from graphopt.report import PassRow, Report
+
+DEFAULT_PASSES = "fold"
+DEFAULT_TARGET = "ort-cpu"
+Figures = tuple[int, int | None, int]  # parameters, MACs, bytes of weights
+CHECK_ROWS = 4  # rows of data, or generated ones, on which passes are checked
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """No progress shown."""
+
+
+@dataclass
+class Settings:
+    """All that `optimize` may be told, beside the model; see its docstring."""
+
+    passes: str | Iterable[str | tuple[str, Mapping[str, Any]]] | None = None
+    pipeline: str | Path | None = None
+    calibration: Any = None
+    evaluation: Any = None
+    metric: str = "top1"
+    target: str = DEFAULT_TARGET
+    check: bool = False
+    measure: bool = False
+    hooks: Sequence[Hook] = ()
+    progress: Progress = _silent
+
+    def steps(self) -> list[Step]:
+        """The pipeline, parsed and checked."""
+        if self.pipeline is not None and self.passes is not None:
+            raise OptionError("give passes or a pipeline file, not both")
+        return from_toml(self.pipeline) if self.pipeline is not None else parse(self.passes or DEFAULT_PASSES)
+
+
+@dataclass
+class Result:
+    """The optimised model and the report. `failure` is set where a check failed: the model is then not to be trusted."""
+
+    model: Model
+    report: Report
+    failure: CheckError | None = None
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> list[Path]:
+        """Write the model, atomically; returns the files written. Raises `failure` if there is one, and ModelError."""
+        if self.failure is not None:
+            raise self.failure
+        return emit.save(self.model, path, overwrite=overwrite)
+
+    def proto(self) -> onnx.ModelProto:
+        """The optimised model as protobuf."""
+        return self.model.proto()
+
+
+@dataclass
+class _Costs:
+    """A hook that notes parameters, MACs and bytes after every change."""
+
+    context: Context
+    last: Figures
+    rows: list[PassRow] = field(default_factory=list)
+
+    def __call__(self, model: Model, step: Step, result: StepResult) -> None:
+        from graphopt.report import PassRow, RejectionRow
+
+        if result.changes:
+            self.last = figures(model, self.context)
+        self.rows.append(
+            PassRow(
+                name=result.name,
+                options=dict(result.options),
+                changes=result.changes,
+                seconds=result.seconds,
+                nodes=result.nodes,
+                parameters=self.last[0],
+                macs=self.last[1],
+                weight_bytes=self.last[2],
+                rejected=[RejectionRow(reason=r.reason, op=r.op, count=r.count, example=r.example) for r in result.rejected],
+                facts=dict(result.facts),
+            )
+        )
+
+
+def figures(model: Model, context: Context) -> Figures:
+    """(parameters, MACs of one row or None where no shape is known, bytes of weights)."""
+    from graphopt.cost import costs
+    from graphopt.shapes import shapes
+
+    found = costs(model, context.get(shapes, model))
+    unknown = found.uncounted and not found.macs
+    return found.parameters, None if unknown else found.macs, found.weight_bytes
+
+
+def optimize(
+    model: str | Path | onnx.ModelProto | Model,
+    passes: str | Iterable[str | tuple[str, Mapping[str, Any]]] | None = None,
+    *,
+    pipeline: str | Path | None = None,
+    calibration: Any = None,
+    evaluation: Any = None,
+    metric: str = "top1",
+    target: str = DEFAULT_TARGET,
+    check: bool = False,
+    measure: bool = False,
+    hooks: Sequence[Hook] = (),
+    progress: Progress = _silent,
+) -> Result:
+    """Optimise a model and report what was gained and lost. The input is never changed.
+
+    model: path, ModelProto, or a Model (which is copied).
+    passes: as on the command line, `"cleanup, prune-channels ratio=0.3"`, or names and (name, options) pairs; default `fold`.
+    calibration, evaluation: a path (.npz, folder, `module:function`), a dict of arrays, or an iterable of feeds; evaluation
+    rows need `labels`. check: compare outputs before and after every exact pass. measure: latency and peak memory too.
+    Raises GraphoptError; a failed check is returned in `Result.failure` with the model, so that it can be looked at.
+    """
+    settings = Settings(passes, pipeline, calibration, evaluation, metric, target, check, measure, hooks, progress)
+    return optimize_with(model, settings)
+
+
+def optimize_with(source: str | Path | onnx.ModelProto | Model, settings: Settings) -> Result:
+    """`optimize` with its arguments as one object."""
+    from graphopt.targets import find_target
+
+    began = time.perf_counter()
+    steps = settings.steps()  # every name and option is checked before any work
+    target = find_target(settings.target)
+    original = _copy(source)
+    work = _copy(source)
+    calibration = _dataset(settings.calibration, original)
+    evaluation = _dataset(settings.evaluation, original)
+    context = Context(calibration, target, settings.progress)
+    start = figures(work, context)
+    counter, failure, checked = _Costs(context, start), None, 0
+    hooks: list[Hook] = [counter, *settings.hooks]
+    if settings.check:
+        from graphopt.hooks import NumericCheck
+
+        numeric = NumericCheck(check_feeds(original, calibration or evaluation, CHECK_ROWS))
+        numeric.start(work)
+        hooks.append(numeric)
+    try:
+        run(work, steps, context, hooks)
+    except CheckError as error:
+        failure = error
+    if settings.check:
+        checked = numeric.checked
+    report = _report(settings, steps, (original, work), (start, counter.last), counter.rows, calibration)
+    report.checked_passes = checked
+    failure = failure or _loads(original, work)
+    if failure is None:
+        from graphopt.gains import measure_gains
+
+        measure_gains(report, original, work, calibration, evaluation, settings)
+    report.seconds = time.perf_counter() - began
+    return Result(work, report, failure)
+
+
+def _copy(source: str | Path | onnx.ModelProto | Model) -> Model:
+    if not isinstance(source, Model):
+        return load(source)
+    copied = from_proto(source.proto())
+    copied.path = source.path
+    return copied
+
+
+def _dataset(source: Any, model: Model) -> Dataset | None:
+    if source is None:
+        return None
+    from graphopt.data import open_dataset
+    from graphopt.feeds import input_specs
+
+    return open_dataset(source, input_specs(model.interface()))
+
+
+def check_feeds(model: Model, dataset: Dataset | None, rows: int) -> list[dict[str, np.ndarray]]:
+    """A few feeds of one row each: the first of the dataset, or generated from the input types."""
+    from graphopt.data import generated
+    from graphopt.feeds import input_specs
+
+    source = dataset or generated(input_specs(model.interface()), rows)
+    return [feed for feed, _ in zip(source.batches(1), range(rows), strict=False)]
+
+
+def _loads(original: Model, work: Model) -> CheckError | None:
+    """A CheckError where onnxruntime loads the original and not the result."""
+    from graphopt.runtime import runnable, session
+
+    try:
+        with runnable(work) as content:
+            session(content)
+    except ModelError as error:
+        try:
+            with runnable(original) as content:
+                session(content)
+        except ModelError:
+            work.notes.append(f"onnxruntime loads neither the original nor the result: {error}")
+            return None
+        return CheckError(f"the result does not load although the original does: {error}")
+    return None
+
+
+def _report(
+    settings: Settings,
+    steps: Sequence[Step],
+    models: tuple[Model, Model],
+    costs: tuple[Figures, Figures],
+    passes: list[PassRow],
+    calibration: Dataset | None,
+) -> Report:
+    from graphopt.gains import environment, model_row
+    from graphopt.report import Report
+
+    original, work = models
+    return Report(
+        environment=environment(),
+        source=str(original.path) if original.path else None,
+        source_sha256=_sha256(original.path) if original.path else None,
+        target=settings.target,
+        pipeline=to_text(steps),
+        calibration=f"{calibration.where}, sha256 {calibration.digest()}" if calibration is not None else None,
+        seconds=0.0,
+        passes=passes,
+        before=model_row(original, costs[0]),
+        after=model_row(work, costs[1]),
+        warnings=list(dict.fromkeys([*original.notes, *work.notes])),
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def bisect(
+    model: str | Path | onnx.ModelProto | Model,
+    passes: str | Iterable[str | tuple[str, Mapping[str, Any]]],
+    *,
+    calibration: Any = None,
+    tolerance: float = 1e-4,
+    target: str = DEFAULT_TARGET,
+    progress: Progress = _silent,
+) -> int:
+    """Find the pass and node that move an output by more than `tolerance` of its scale, against the original model.
+
+    Runs the pipeline and checks after every change, exact pass or not. Raises CheckError naming pass, output and node;
+    returns the number of changes checked where nothing moves that far.
+    """
+    from graphopt.hooks import NumericCheck
+    from graphopt.targets import find_target
+
+    steps = parse(passes)
+    work = _copy(model)
+    dataset = _dataset(calibration, work)
+    check = NumericCheck(check_feeds(work, dataset, CHECK_ROWS), tolerance, every=True)
+    check.start(work)
+    run(work, steps, Context(dataset, find_target(target), progress), [check])
+    return check.checked

@@ -1,0 +1,324 @@
+"""The command line. Thin: every command calls one library function and prints its result. Nothing heavy is imported at the top."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from graphopt.errors import CheckError, GraphoptError, ModelError, OptionError
+
+if TYPE_CHECKING:
+    from graphopt.api import Result, Settings
+    from graphopt.pipeline import Hook
+
+_PATH = click.Path(path_type=Path)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="graphopt")
+def cli() -> None:
+    """Make ONNX models smaller and faster for onnxruntime, verified and measured.
+
+    Start with `graphopt demo`, or with `graphopt optimize MODEL.onnx`.
+    """
+
+
+@cli.command()
+@click.argument("model", type=_PATH)
+@click.option("-o", "--output", type=_PATH, help="Where to write the result. Default: MODEL.opt.onnx beside the input.")
+@click.option("--passes", help='Passes and presets in order, as "cleanup, prune-channels ratio=0.3, quantize". Default: fold.')
+@click.option("--preset", help="One preset, by name (see `graphopt presets`).")
+@click.option("--pipeline", type=_PATH, help="A TOML file with [[pass]] tables.")
+@click.option("--calib", metavar="PATH", help="Calibration rows: .npz, folder, or module:function.")
+@click.option("--eval", "evaluation", metavar="PATH", help="Labelled rows to measure quality on (.npz with 'labels').")
+@click.option("--metric", default="top1", show_default=True, help="top1, top5, binary, negative-mse or module:function.")
+@click.option("--check", is_flag=True, help="Compare the outputs before and after every exact pass.")
+@click.option("--target", default="ort-cpu", show_default=True, help="What the model will run on (see `graphopt targets`).")
+@click.option("--report", type=_PATH, help="Write the full report as JSON.")
+@click.option("--print-after", metavar="PASS", help="Print the graph after this pass, or after 'all' that changed something.")
+@click.option("--dump-after", type=_PATH, metavar="DIR", help="Save the model after every pass that changed something.")
+@click.option("--plugin", type=_PATH, multiple=True, help="A Python file that registers passes; may be repeated.")
+@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure latency and peak memory of both models.")
+@click.option("--overwrite", is_flag=True, help="Replace existing output files.")
+@click.option("-v", "--verbose", is_flag=True, help="Show every pass and what it left alone, and why.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@_JSON
+def optimize(
+    model: Path, output: Path | None, report: Path | None, quiet: bool, verbose: bool, as_json: bool, **given: Any
+) -> None:
+    """Optimise MODEL and write the result, with a table of what was gained and lost.
+
+    Exit codes: 0 done, 1 user error, 2 a check failed (the result is then kept aside as OUT.failed.onnx).
+    """
+    from graphopt import emit
+    from graphopt.api import optimize_with
+
+    target = output or emit.default_output(model)
+    overwrite = bool(given.pop("overwrite"))
+    if model.exists() and target.exists() and target.samefile(model):
+        raise ModelError(f"the output {target} is the input; name another file with -o")
+    emit.check_target(target, overwrite=overwrite)
+    if report is not None:
+        emit.check_target(report, overwrite=overwrite)
+    with _progress(not quiet) as progress:
+        settings = _settings(given, as_json or quiet, progress)
+        result = optimize_with(model, settings)
+    _write(result, target, report, overwrite)
+    if as_json:
+        click.echo(result.report.model_dump_json(indent=2))
+    elif not quiet:
+        from graphopt.cli_render import show_report
+
+        show_report(result.report, verbose=verbose)
+
+
+def _settings(given: dict[str, Any], to_stderr: bool, progress: Callable[[str, int, int], None]) -> Settings:
+    from graphopt.api import Settings
+    from graphopt.registry import load_plugin
+
+    for plugin in given["plugin"]:
+        load_plugin(plugin)
+    chosen = [name for name in ("passes", "preset", "pipeline") if given[name] is not None]
+    if len(chosen) > 1:
+        raise OptionError(f"give one of --passes, --preset and --pipeline, not {' and '.join('--' + c for c in chosen)}")
+    passes = given["passes"]
+    if given["preset"] is not None:
+        passes = _preset(given["preset"])
+    hooks: list[Hook] = []
+    if given["print_after"]:
+        from graphopt.hooks import print_after
+
+        hooks.append(print_after(given["print_after"], lambda text: click.echo(text, err=to_stderr)))
+    if given["dump_after"]:
+        from graphopt.hooks import dump_after
+
+        hooks.append(dump_after(given["dump_after"]))
+    return Settings(
+        passes=passes,
+        pipeline=given["pipeline"],
+        calibration=given["calib"],
+        evaluation=given["evaluation"],
+        metric=given["metric"],
+        target=given["target"],
+        check=given["check"],
+        measure=given["measure"],
+        hooks=hooks,
+        progress=progress,
+    )
+
+
+def _preset(name: str) -> str:
+    from graphopt.presets import PRESETS
+    from graphopt.registry import suggest
+
+    if name not in PRESETS:
+        raise OptionError(f"unknown preset '{name}'; {suggest(name, PRESETS)}")
+    return name
+
+
+def _write(result: Result, target: Path, report: Path | None, overwrite: bool) -> None:
+    from graphopt import emit
+
+    if result.failure is not None:
+        kept = emit.aside(target)
+        emit.save(result.model, kept, overwrite=True)
+        raise CheckError(f"{result.failure}; the result is kept aside as {kept}")
+    files = result.save(target, overwrite=overwrite)
+    size = sum(f.stat().st_size for f in files)
+    result.report.after = result.report.after.model_copy(update={"path": str(target), "file_bytes": size})
+    if report is not None:
+        emit.write_text(report, result.report.model_dump_json(indent=2) + "\n", overwrite=overwrite)
+
+
+@cli.command()
+@click.argument("model", type=_PATH)
+@click.option("--denormals", is_flag=True, help="Also count denormal weights (reads all weights).")
+@_JSON
+def inspect(model: Path, denormals: bool, as_json: bool) -> None:
+    """What is in MODEL: operators, opset, parameters, MACs, dynamic axes, weights, what is already quantised."""
+    from graphopt.inspect import inspect as look
+    from graphopt.model import load
+    from graphopt.shapes import shapes
+
+    loaded = load(model)
+    found = look(loaded, shapes(loaded), denormals=denormals)
+    if as_json:
+        _echo_json(found.to_dict())
+    else:
+        from graphopt.cli_render import show_rows
+
+        show_rows(str(model), found.rows())
+
+
+@cli.command()
+@click.argument("model", type=_PATH)
+@_JSON
+def groups(model: Path, as_json: bool) -> None:
+    """The coupled dimension groups of MODEL: what can be removed together, what it costs, and what is pinned, why and where."""
+    from graphopt.groups_view import view
+    from graphopt.model import load
+
+    found = view(load(model))
+    if as_json:
+        _echo_json(found.to_dict())
+    else:
+        from graphopt.cli_render import show_groups
+
+        show_groups(found)
+
+
+@cli.command()
+@click.argument("a", type=_PATH)
+@click.argument("b", type=_PATH)
+@click.option("--data", required=True, metavar="PATH", help="Rows to compare on: .npz, folder, or module:function.")
+@click.option("--batch", default=16, show_default=True, help="Rows at a time, where the models' batch is dynamic.")
+@_JSON
+def compare(a: Path, b: Path, data: str, batch: int, as_json: bool) -> None:
+    """How far the outputs of B are from those of A on data: errors, SQNR, cosine, argmax agreement."""
+    from dataclasses import asdict
+
+    from graphopt.compare import compare as differences
+    from graphopt.data import open_dataset
+    from graphopt.feeds import input_specs
+    from graphopt.model import load
+
+    dataset = open_dataset(data, input_specs(load(a).interface()))
+    load(b)
+    rows = differences(str(a), str(b), dataset.batches(batch))
+    if as_json:
+        _echo_json([asdict(r) for r in rows])
+    else:
+        from graphopt.cli_render import show_differences
+
+        show_differences(rows)
+
+
+@cli.command()
+@click.argument("a", type=_PATH)
+@click.argument("b", type=_PATH)
+@_JSON
+def diff(a: Path, b: Path, as_json: bool) -> None:
+    """The nodes, shapes and initializers that differ between A and B."""
+    from dataclasses import asdict
+
+    from graphopt.diff import diff as changes
+    from graphopt.model import load
+
+    found = changes(load(a), load(b))
+    if as_json:
+        _echo_json(asdict(found))
+    else:
+        from graphopt.cli_render import show_diff
+
+        show_diff(found)
+
+
+@cli.command()
+@click.argument("model", type=_PATH)
+@click.option("--passes", required=True, help="The pipeline to search, as for `optimize`.")
+@click.option("--data", metavar="PATH", help="Rows to check on. Default: generated from the input types.")
+@click.option("--tolerance", default=1e-4, show_default=True, help="How far outputs may move, as a share of their scale.")
+@click.option("--target", default="ort-cpu", show_default=True, help="As for `optimize`.")
+def bisect(model: Path, passes: str, data: str | None, tolerance: float, target: str) -> None:
+    """Name the pass, and the node, that first moves MODEL's outputs by more than the tolerance. Exit code 2 if there is one."""
+    from graphopt.api import bisect as search
+
+    with _progress(True) as progress:
+        checked = search(model, passes, calibration=data, tolerance=tolerance, target=target, progress=progress)
+    click.echo(f"no pass moved an output by more than {tolerance:g} of its scale ({checked} changes checked)")
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--plugin", type=_PATH, multiple=True, help="A Python file that registers passes; may be repeated.")
+def passes(name: str | None, plugin: tuple[Path, ...]) -> None:
+    """List the passes, or describe the pass NAME with its options."""
+    from graphopt.cli_render import show_pass, show_passes
+    from graphopt.registry import REGISTRY, find, load_plugin
+
+    for path in plugin:
+        load_plugin(path)
+    if name:
+        show_pass(find(name))
+    else:
+        show_passes([find(n) for n in REGISTRY.names()])
+
+
+@cli.command()
+def presets() -> None:
+    """List the presets and the passes they stand for."""
+    from graphopt.cli_render import show_presets
+
+    show_presets()
+
+
+@cli.command()
+@click.argument("name", required=False)
+def targets(name: str | None) -> None:
+    """List the targets, or describe the target NAME: what it runs in INT8, what not, and why."""
+    from graphopt.cli_render import show_target, show_targets
+    from graphopt.targets import TARGETS, find_target
+
+    if name:
+        show_target(find_target(name))
+    else:
+        show_targets(list(TARGETS.values()))
+
+
+@cli.command()
+@click.option("-o", "--output", type=_PATH, default=Path("graphopt-demo"), show_default=True, help="Folder for the files.")
+@click.option("--overwrite", is_flag=True, help="Replace the files of an earlier demo.")
+def demo(output: Path, overwrite: bool) -> None:
+    """Prune, quantise, verify and measure a small model of handwritten digits that ships with graphopt. Needs no network."""
+    from graphopt.cli_render import show_demo
+    from graphopt.demo import run_demo
+
+    with _progress(True) as progress:
+        stages = run_demo(output, overwrite=overwrite, progress=progress)
+    show_demo(stages)
+
+
+def _echo_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, allow_nan=False, default=str))
+
+
+def _progress(shown: bool) -> Any:
+    from graphopt.progress import bars
+
+    return bars(shown and sys.stderr.isatty())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: user errors in one line on stderr with exit code 1, failed checks with 2, never a half-written file."""
+    verbose = "-v" in sys.argv or "--verbose" in sys.argv
+    try:
+        code = cli.main(arguments, prog_name="graphopt", standalone_mode=False)
+    except GraphoptError as error:
+        _fail(str(error), error.exit_code, verbose)
+    except click.exceptions.Abort:
+        _fail("interrupted; nothing was written", 130, False)
+    except click.ClickException as error:
+        usage = f" (see `{error.ctx.command_path} --help`)" if isinstance(error, click.UsageError) and error.ctx else ""
+        _fail(error.format_message() + usage, 1, False)
+    except BrokenPipeError:
+        sys.exit(0)
+    except MemoryError:
+        _fail("out of memory", 1, verbose)
+    except Exception as error:  # a bug of ours: one line all the same, the traceback with -v
+        _fail(f"internal error: {type(error).__name__}: {error}; run with -v for the traceback and report it", 1, verbose)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int, verbose: bool) -> None:
+    if verbose:
+        import traceback
+
+        traceback.print_exc()
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)

@@ -1,0 +1,182 @@
+"""What an optimisation gained and lost: figures of both models, measured side by side, and plain warnings about the losses."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+
+from graphopt.compare import OutputDifference, differences
+from graphopt.errors import DataError, ModelError
+from graphopt.measure import Latency, cpu_features, latency, peak_memory
+from graphopt.model import Model
+from graphopt.report import Environment, LatencyRow, ModelRow, OutputRow, QualityRow, Report
+from graphopt.runtime import run, runnable, session
+
+if TYPE_CHECKING:
+    from graphopt.api import Figures, Settings
+    from graphopt.data import Dataset
+
+COMPARE_ROWS = 64  # rows on which outputs are compared
+SLOWER = 0.97  # a ratio of latencies under this is called slower: above, it is within the machine's noise
+_FLOAT_COMPUTE = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
+
+
+def environment() -> Environment:
+    """Versions and CPU of this machine."""
+    cpu = cpu_features()
+    packages = {name: version(name) for name in ("graphopt", "onnx", "onnxruntime")}
+    features = cpu["features"]
+    names = [str(f) for f in features] if isinstance(features, list) else []
+    return Environment(**packages, python=platform.python_version(), cpu=str(cpu["name"]), cpu_features=names)
+
+
+def model_row(model: Model, costs: Figures) -> ModelRow:
+    """The figures that need no run."""
+    size = model.path.stat().st_size if model.path and model.path.is_file() else None
+    return ModelRow(
+        path=str(model.path) if model.path else None,
+        nodes=len(model.nodes()),
+        parameters=costs[0],
+        macs=costs[1],
+        weight_bytes=costs[2],
+        file_bytes=size,
+        quality=None,
+        latency=None,
+        peak_memory_bytes=None,
+    )
+
+
+def measure_gains(
+    report: Report, original: Model, work: Model, calibration: Dataset | None, evaluation: Dataset | None, settings: Settings
+) -> None:
+    """Fill the report's figures: outputs, quality where there are labels, latency and memory where asked for."""
+    with contextlib.ExitStack() as stack:
+        try:
+            contents = [stack.enter_context(runnable(m)) for m in (original, work)]
+            runners = [session(c, threads=0) for c in contents]
+            _outputs(report, runners, original, evaluation or calibration)
+        except (ModelError, DataError) as error:
+            report.warnings.append(f"outputs were not compared: {error}")
+            return
+        report.before = report.before.model_copy(update={"file_bytes": report.before.file_bytes or _size(contents[0])})
+        report.after = report.after.model_copy(update={"path": None, "file_bytes": _size(contents[1])})
+        if evaluation is not None:
+            _quality(report, runners, evaluation, settings)
+        del runners
+        if settings.measure:
+            _speed(report, contents, original, evaluation or calibration)
+    report.warnings += _kernels_that_ran(work)
+
+
+def _size(content: bytes | Path) -> int:
+    if isinstance(content, bytes):
+        return len(content)
+    return sum(p.stat().st_size for p in content.parent.iterdir())
+
+
+def _outputs(report: Report, runners: Sequence[object], model: Model, data: Dataset | None) -> None:
+    from graphopt.api import check_feeds
+
+    names = [t.name for t in model.graph.outputs]
+    feeds = check_feeds(model, data, COMPARE_ROWS if data else 2)
+    pairs = ((run(runners[0], feed, names), run(runners[1], feed, names)) for feed in feeds)
+    report.outputs = [_output_row(d) for d in differences(names, pairs)]
+
+
+def _output_row(d: OutputDifference) -> OutputRow:
+    finite = d.sqnr_db if math.isfinite(d.sqnr_db) else None
+    return OutputRow(
+        name=d.name,
+        max_error=d.max_error,
+        mean_error=d.mean_error,
+        scale=d.scale,
+        sqnr_db=finite,
+        cosine=d.cosine,
+        argmax_agreement=d.argmax_agreement,
+    )
+
+
+def _quality(report: Report, runners: Sequence[object], evaluation: Dataset, settings: Settings) -> None:
+    from graphopt.evaluate import paired, score
+
+    before, after = (score(r, evaluation, settings.metric, progress=settings.progress) for r in runners)
+    both = paired(before, after)
+    report.quality = QualityRow(
+        metric=settings.metric,
+        rows=both.rows,
+        original=both.original,
+        optimized=both.optimized,
+        lost=both.lost,
+        won=both.won,
+        p_value=both.p_value,
+    )
+    report.before = report.before.model_copy(update={"quality": both.original})
+    report.after = report.after.model_copy(update={"quality": both.optimized})
+    drop = both.original - both.optimized
+    if drop > 0.01:
+        chance = "significant" if both.p_value < 0.05 else "within chance"
+        report.warnings.append(f"quality fell by {100 * drop:.1f} points ({chance}: p = {both.p_value:.2g})")
+
+
+def _speed(report: Report, contents: Sequence[bytes | Path], model: Model, data: Dataset | None) -> None:
+    from graphopt.api import check_feeds
+
+    feed: Mapping[str, np.ndarray] = check_feeds(model, data, 1)[0]
+    rows = latency(contents, feed)
+    report.speedup = rows[1].speedup
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        peaks = [peak_memory(_as_file(c, Path(folder) / f"{i}.onnx"), feed) for i, c in enumerate(contents)]
+    report.before = report.before.model_copy(update={"latency": _latency_row(rows[0]), "peak_memory_bytes": peaks[0]})
+    report.after = report.after.model_copy(update={"latency": _latency_row(rows[1]), "peak_memory_bytes": peaks[1]})
+    if rows[1].speedup < SLOWER:
+        quantized = any(p.name == "quantize" and p.changes for p in report.passes)
+        what = "the INT8 model" if quantized else "the result"
+        report.warnings.append(
+            f"{what} is SLOWER than the original here: {rows[1].speedup:.2f}x its speed "
+            f"({rows[0].p50_ms:.3f} -> {rows[1].p50_ms:.3f} ms, batch {rows[0].batch}, {rows[0].threads} thread)"
+        )
+
+
+def _as_file(content: bytes | Path, path: Path) -> Path:
+    if isinstance(content, Path):
+        return content
+    path.write_bytes(content)
+    return path
+
+
+def _latency_row(row: Latency) -> LatencyRow:
+    return LatencyRow(p50_ms=row.p50_ms, p95_ms=row.p95_ms, runs=row.runs, batch=row.batch, threads=row.threads)
+
+
+def _kernels_that_ran(model: Model) -> list[str]:
+    """Warnings about nodes that were quantised and that onnxruntime nevertheless runs in float."""
+    if not any(n.op == "DequantizeLinear" for n in model.nodes()):
+        return []
+    import onnxruntime as ort
+
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder, runnable(model) as content:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        # the layout transformation of the highest level hides what ran; INT8 fusion happens before it
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        try:
+            ort.InferenceSession(content if isinstance(content, bytes) else str(content), options, ["CPUExecutionProvider"])
+            graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+        except Exception as error:  # onnxruntime cannot save every model (compiled nodes, external data)
+            return [f"which kernels ran is not known: {' '.join(str(error).split())[:200]}"]
+    dequantized = {o for n in graph.node if n.op_type == "DequantizeLinear" for o in n.output}
+    left = [n for n in graph.node if n.op_type in _FLOAT_COMPUTE and n.input[0] in dequantized]
+    if not left:
+        return []
+    names = ", ".join(f"{n.name} ({n.op_type})" for n in left[:3])
+    return [f"{len(left)} quantised nodes still run in float in onnxruntime: {names}{' ...' if len(left) > 3 else ''}"]
