@@ -86,7 +86,7 @@ def show_report(report: Report, *, verbose: bool) -> None:
         console.print(_passes_table(report.passes))
         _print_rejections(console, report.passes)
     else:
-        done = {}
+        done: dict[str, int] = {}
         for row in report.passes:
             done[row.name] = done.get(row.name, 0) + row.changes
         console.print("passes: " + ", ".join(f"{name} ({count})" for name, count in done.items()))
@@ -234,15 +234,17 @@ def show_demo(stages: Sequence[Stage]) -> None:
     """The demo's table and where its files are."""
     console = _console()
     console.print(figures_table("handwritten digits, 8x8", [s.name for s in stages], [s.row for s in stages]))
-    for stage in stages[1:]:
-        q = stage.quality
-        verified = f"{stage.checked} exact changes checked"
+    for stage in stages:
+        if stage.report is None:
+            continue
+        q = stage.report.quality
+        verified = f"{stage.report.checked_passes} exact changes checked"
         if q is not None:
             verified += f"; {q.rows} labelled rows: {q.lost} lost, {q.won} won (p = {q.p_value:.2g})"
         console.print(f"{stage.name}: {stage.speedup:.2f}x the baseline's speed; {verified}")
-        for warning in stage.warnings:
+        console.print(f"  passes: {escape(stage.report.pipeline)}")
+        for warning in stage.report.warnings:
             console.print(f"  [yellow]warning:[/] {escape(warning)}")
-    console.print(f"passes: {escape(stages[-1].passes)}")
     console.print("files:")
     for stage in stages:
         console.print(f"  {escape(str(stage.row.path))}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from graphopt.context import Progress
 from graphopt.emit import write_text
 from graphopt.errors import ModelError
-from graphopt.report import LatencyRow, ModelRow, QualityRow
+from graphopt.report import LatencyRow, ModelRow, Report
 
 FILES = ("digits.onnx", "digits_calib.npz", "digits_eval.npz", "LICENSE-digits.txt")
 PRUNE = "fold, prune-channels ratio=0.25 criterion=activation, cleanup"
@@ -19,15 +19,12 @@ SECONDS = 4.0  # spent timing the three models
 
 @dataclass(frozen=True)
 class Stage:
-    """One model of the demo, measured; `quality` is against the baseline on the same rows."""
+    """One model of the demo, measured beside the others; `report` tells how it was made (None for the baseline)."""
 
     name: str
-    passes: str
     row: ModelRow
     speedup: float
-    quality: QualityRow | None
-    checked: int
-    warnings: tuple[str, ...]
+    report: Report | None
 
 
 def run_demo(folder: Path, *, overwrite: bool, progress: Progress) -> list[Stage]:
@@ -54,24 +51,11 @@ def run_demo(folder: Path, *, overwrite: bool, progress: Progress) -> list[Stage
     reports = [r.report for r in results.values()]
     rows = [reports[0].before, *(r.after for r in reports)]
     stages = []
-    for index, (name, path) in enumerate(zip(["baseline", *results], paths, strict=True)):
-        figures = timed[index]
-        row = rows[index].model_copy(
-            update={
-                "path": str(path),
-                "file_bytes": path.stat().st_size,
-                "latency": LatencyRow(
-                    p50_ms=figures.p50_ms, p95_ms=figures.p95_ms, runs=figures.runs, batch=figures.batch, threads=figures.threads
-                ),
-                "peak_memory_bytes": peak_memory(path, feed),
-            }
-        )
-        report = reports[index - 1] if index else None
-        warnings = tuple(report.warnings) if report else ()
-        checked = report.checked_passes if report else 0
-        stages.append(
-            Stage(name, report.pipeline if report else "", row, figures.speedup, report and report.quality, checked, warnings)
-        )
+    for name, report, row, path, time in zip(["baseline", *results], [None, *reports], rows, paths, timed, strict=True):
+        measured = LatencyRow(p50_ms=time.p50_ms, p95_ms=time.p95_ms, runs=time.runs, batch=time.batch, threads=time.threads)
+        peak = peak_memory(path, feed)
+        update = {"path": str(path), "file_bytes": path.stat().st_size, "latency": measured, "peak_memory_bytes": peak}
+        stages.append(Stage(name, row.model_copy(update=update), time.speedup, report))
     return stages
 
 
