@@ -19,8 +19,17 @@ if TYPE_CHECKING:
 Feed = Mapping[str, np.ndarray]
 
 
-def session(model: str | Path | bytes | onnx.ModelProto, *, threads: int = 1, optimize: bool = True, profile: str = "") -> Any:
-    """A CPU InferenceSession. `optimize=False` runs the graph as written. Raises ModelError where onnxruntime refuses it."""
+def session(
+    model: str | Path | bytes | onnx.ModelProto,
+    *,
+    threads: int = 1,
+    optimize: bool = True,
+    profile: str = "",
+    external: Path | None = None,
+) -> Any:
+    """A CPU InferenceSession. `optimize=False` runs the graph as written; `external` is where the external weights lie of a model
+    given as bytes. Raises ModelError where onnxruntime refuses it.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -30,6 +39,8 @@ def session(model: str | Path | bytes | onnx.ModelProto, *, threads: int = 1, op
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
+    if external is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external))
     content = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
     content = str(content) if isinstance(content, Path) else content
     try:
