@@ -59,9 +59,11 @@ def optimize(
     from graphopt import emit
     from graphopt.api import optimize_with
 
+    if not model.is_file():
+        raise ModelError(f"no such file: {model}")
     target = output or emit.default_output(model)
     overwrite = bool(given.pop("overwrite"))
-    if model.exists() and target.exists() and target.samefile(model):
+    if target.exists() and target.samefile(model):
         raise ModelError(f"the output {target} is the input; name another file with -o")
     emit.check_target(target, overwrite=overwrite)
     if report is not None:
@@ -298,7 +300,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: user errors in one line on stderr with exit code 1, failed checks with 2, never a half-written file."""
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
     try:
-        code = cli.main(arguments, prog_name="graphopt", standalone_mode=False)
+        given = sys.argv[1:] if arguments is None else arguments
+        code = cli.main(given or ["--help"], prog_name="graphopt", standalone_mode=False)
     except GraphoptError as error:
         _fail(str(error), error.exit_code, verbose)
     except click.exceptions.Abort:

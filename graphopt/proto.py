@@ -347,7 +347,10 @@ def encode_inline(constant: gs.Constant) -> TensorProto:
     if isinstance(values, Weights):
         if isinstance(values.tensor, onnx.SparseTensorProto) or values.tensor.data_location == TensorProto.EXTERNAL:
             return onnx.numpy_helper.from_array(values.load(), constant.name)
-        if values.tensor.name != constant.name:
-            values.tensor.name = constant.name
-        return values.tensor
+        if values.tensor.name == constant.name:
+            return values.tensor
+        renamed = TensorProto()
+        renamed.CopyFrom(values.tensor)  # the proto may be the caller's: never write into it
+        renamed.name = constant.name
+        return renamed
     return onnx.numpy_helper.from_array(np.asarray(constant.values), constant.name)
