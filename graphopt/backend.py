@@ -1,4 +1,4 @@
-"""graphopt as an ONNX backend: the exact passes, then onnxruntime (onnx.backend.base: prepare, run_model, run_node, supports_device).
+"""graphopt as an ONNX backend (onnx.backend.base): the exact passes, then onnxruntime.
 
 import graphopt.backend
 outputs = graphopt.backend.prepare(onnx.load("model.onnx")).run([array])
@@ -15,6 +15,7 @@ from onnx.backend.base import Backend, BackendRep, namedtupledict
 from onnx.backend.test.runner import BackendIsNotSupposedToImplementIt
 
 from graphopt.errors import DataError, ModelError, OptionError
+from graphopt.model import MIN_OPSET
 from graphopt.runtime import run, session
 
 PASSES = "cleanup, fold-bn, fold-scales, cleanup"
@@ -83,7 +84,7 @@ class GraphoptBackend(Backend):
         outputs_info: Sequence[tuple[Any, Any]] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        """Run one node on arrays, at the newest opset; `outputs_info` gives (dtype, shape) of its outputs."""
+        """Run one node on arrays, in its newest version; `outputs_info` gives (dtype, shape) of its outputs."""
         names = [n for n in node.input if n]
         given = [inputs[n] for n in names] if isinstance(inputs, Mapping) else list(inputs)
         arrays = [np.asarray(v) for v in given]
@@ -94,7 +95,10 @@ class GraphoptBackend(Backend):
             kinds = [(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(t)), list(s)) for t, s in outputs_info]
             outs = [onnx.helper.make_tensor_value_info(o.name, t, s) for o, (t, s) in zip(outs, kinds, strict=True)]
         graph = onnx.helper.make_graph([node], "node", graph_inputs, outs)
-        model = onnx.shape_inference.infer_shapes(onnx.helper.make_model(graph))
+        opset = max(onnx.defs.get_schema(node.op_type, domain=node.domain).since_version, MIN_OPSET)
+        imports = [onnx.helper.make_opsetid(node.domain, opset)]
+        made = onnx.helper.make_model(graph, opset_imports=imports, ir_version=8)  # old enough for every onnxruntime
+        model = onnx.shape_inference.infer_shapes(made)
         return cls.run_model(model, arrays, device, **kwargs)
 
     @classmethod

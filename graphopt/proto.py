@@ -166,7 +166,10 @@ class Importer:
         domain = None if proto.domain in ("", "ai.onnx") else proto.domain
         node = gs.Node(proto.op_type, name, attributes, [tensor(n) for n in proto.input], [tensor(n) for n in proto.output], domain)
         if proto.doc_string or proto.metadata_props or proto.overload:
-            node.extra = NodeProto(doc_string=proto.doc_string, metadata_props=proto.metadata_props, overload=proto.overload)
+            node.extra = NodeProto()
+            node.extra.CopyFrom(proto)
+            for held in ("op_type", "domain", "name", "input", "output", "attribute"):
+                node.extra.ClearField(held)
         return node
 
     def _attribute(self, attribute: AttributeProto, visible: dict[str, gs.Tensor]) -> Any:
