@@ -304,7 +304,8 @@ class Exporter:
         elif tensor.dtype is not None:
             shape = None if tensor.shape is None else [_plain(d) for d in tensor.shape]
             made = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)), shape)
-            made.denotation = info.type.denotation
+            if info.type.denotation:
+                made.denotation = info.type.denotation
             info.type.CopyFrom(made)
         return info
 

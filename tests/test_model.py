@@ -35,7 +35,7 @@ def test_subgraphs_keep_their_own_names_apart() -> None:
     model.verify()
     assert len({t for t in model.tensors()}) == len(model.tensors())
     for c in (True, False):
-        feeds = {"c": np.array(c), "x": np.float32([1, 2])}
+        feeds = {"c": np.array(c), "x": np.array([1, 2], np.float32)}
         np.testing.assert_array_equal(run(model.proto(), **feeds)[0], run(proto, **feeds)[0])
 
 
@@ -74,7 +74,7 @@ def test_constant_nodes_become_initializers() -> None:
     )
     model = from_proto(proto)
     assert [n.op for n in model.nodes()] == ["Add", "Mul"]
-    np.testing.assert_array_equal(run(model.proto(), x=np.float32([1, 1]))[0], [6, 9])
+    np.testing.assert_array_equal(run(model.proto(), x=np.array([1, 1], np.float32))[0], [6, 9])
 
 
 def test_functions_are_inlined() -> None:
@@ -189,9 +189,9 @@ def test_overridable_inputs_stay_inputs_with_their_defaults() -> None:
     proto = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["" : 17]> m (float[2] x, float[2] w) => (float[2] y) { y = Add(x, w) }'
     )
-    proto.graph.initializer.append(numpy_helper.from_array(np.float32([1, 2]), "w"))
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([1, 2], np.float32), "w"))
     model = from_proto(proto)
     assert "overridable" in model.notes[0]
     back = model.proto()
-    np.testing.assert_array_equal(run(back, x=np.float32([0, 0]))[0], [1, 2])
-    np.testing.assert_array_equal(run(back, x=np.float32([0, 0]), w=np.float32([5, 5]))[0], [5, 5])
+    np.testing.assert_array_equal(run(back, x=np.array([0, 0], np.float32))[0], [1, 2])
+    np.testing.assert_array_equal(run(back, x=np.array([0, 0], np.float32), w=np.array([5, 5], np.float32))[0], [5, 5])
