@@ -1,0 +1,227 @@
+"""Where a quantised model will run, as data: what each runtime executes in INT8, with which types, and why the rest stays float.
+
+The rows for onnxruntime's CPU provider were measured: a small QDQ model of each op was optimised and looked at (does it fuse?) and
+timed between two INT8 convolutions against its float form (does it pay?). tests/test_targets.py repeats the first half.
+Packages add targets through the entry-point group `graphopt.targets`, each entry a `Target`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from graphopt.errors import OptionError
+from graphopt.registry import suggest
+
+ENTRY_POINTS = "graphopt.targets"
+DEFAULT = "ort-cpu"
+Activation = Literal["u8", "s8"]
+
+
+@dataclass(frozen=True)
+class Support:
+    """One op on one target. `reason` says why it runs in INT8, or why it is left in float.
+
+    `float_output`: may read INT8 and write float. `on_integers`: no QDQ fusion exists, so the op itself is written on the integers.
+    """
+
+    int8: bool
+    reason: str
+    float_output: bool = False
+    on_integers: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """Types and ops of one runtime. Ops are keyed as in `op_key`; `unlisted` is the reason for every op without a row.
+
+    `symmetric`: activations have zero point 0 (or the middle of u8). `weight_bits`: 7 leaves headroom in 16-bit accumulation.
+    `bias`: s32 with scale input x weight, or float. `why`: the reason of each of these settings by field name.
+    """
+
+    name: str
+    summary: str
+    ops: Mapping[str, Support]
+    unlisted: str
+    activation: Activation = "u8"
+    symmetric: bool = False
+    weight_bits: Literal[7, 8] = 8
+    per_channel: bool = True
+    bias: Literal["s32", "float"] = "s32"
+    why: Mapping[str, str] = ()  # type: ignore[assignment]
+
+    def support(self, op: str) -> Support:
+        """The row of the op, or one that says why there is none."""
+        return self.ops.get(op, Support(False, self.unlisted))
+
+
+def _yes(*ops: str, reason: str, float_output: bool = False, on_integers: bool = False) -> dict[str, Support]:
+    return {op: Support(True, reason, float_output, on_integers) for op in ops}
+
+
+def _no(*ops: str, reason: str) -> dict[str, Support]:
+    return {op: Support(False, reason) for op in ops}
+
+
+_MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Tile", "DepthToSpace")
+
+_ORT_CPU: dict[str, Support] = {
+    **_yes(
+        "Conv", reason="QLinearConv: 2-5x float where dense; depthwise about even; groups of several channels no faster than float"
+    ),
+    **_yes("Gemm", reason="QGemm, 3x float; needs an explicit weight zero point to fuse; writes float directly", float_output=True),
+    **_yes("MatMul", reason="QLinearMatMul or MatMulIntegerToFloat with a constant weight: 3x float", float_output=True),
+    **_yes("Add", reason="QLinearAdd: as fast as float, and keeps a residual stream in INT8"),
+    **_yes("Mul", reason="QLinearMul: 0.7x float alone, 1.4x in a squeeze-and-excite block, where it saves the conversions"),
+    **_yes("Sigmoid", reason="QLinearSigmoid: a table look-up, as fast as float, and saves the conversions"),
+    **_yes("LeakyRelu", reason="QLinearLeakyRelu: a table look-up, slower than float alone but cheaper than two conversions"),
+    **_yes("MaxPool", reason="NhwcMaxPool next to QLinearConv, at no cost; 17x slower than float on its own, so never alone"),
+    **_yes(
+        "AveragePool", reason="QLinearAveragePool: slower than float, but onnxruntime fuses it whenever it lies between INT8 ops"
+    ),
+    **_yes("GlobalAveragePool", reason="QLinearGlobalAveragePool: 3x float"),
+    **_yes("Concat", reason="QLinearConcat: a copy of a quarter of the bytes"),
+    **_yes("Resize", reason="nearest only: moves bytes (slower than float in NHWC, but onnxruntime fuses it between INT8 ops)"),
+    **_yes(*_MOVES, reason="moves bytes, a quarter as many"),
+    **_yes("ReduceMax", "ReduceMin", reason="order is kept by quantisation: runs on the integers"),
+    **_yes("Pad", reason="has no QDQ fusion; written on the integers it saves both conversions: 1.4x", on_integers=True),
+    **_yes("Relu", "Clip", reason="absorbed: saturation of the quantised output does the same"),
+    **_no("Softmax", reason="QLinearSoftmax is 2-5x slower than float, and 8 bits are coarse for probabilities"),
+    **_no("ConvTranspose", reason="no INT8 kernel, and its weights would be dequantised at every run"),
+    **_no(
+        "Sub",
+        "Div",
+        "Max",
+        "Min",
+        "Sum",
+        "PRelu",
+        "HardSigmoid",
+        "HardSwish",
+        "Tanh",
+        "Erf",
+        "Gelu",
+        reason="no INT8 kernel: each would convert twice",
+    ),
+    **_no("SpaceToDepth", "GlobalMaxPool", "ReduceMean", "LRN", reason="no INT8 kernel: each would convert twice"),
+    **_no(
+        "LayerNormalization", "InstanceNormalization", "BatchNormalization", reason="no INT8 kernel, and sums of squares need float"
+    ),
+    **_no("LSTM", "GRU", "RNN", reason="onnxruntime runs them quantised only dynamically (DynamicQuantizeLSTM)"),
+    **_no("Einsum", reason="no INT8 kernel"),
+}
+
+_OPENVINO: dict[str, Support] = {
+    **{op: row for op, row in _ORT_CPU.items() if row.int8},
+    **_yes("Conv", "ConvTranspose", "Gemm", "MatMul", reason="oneDNN INT8 primitive; writes float or u8", float_output=True),
+    **_yes("Add", "Mul", reason="fused into the primitive before it, or an INT8 eltwise"),
+    **_yes("AveragePool", "GlobalAveragePool", "MaxPool", reason="INT8 pooling: dequantisation is moved behind it"),
+    **_yes("Concat", "Resize", "DepthToSpace", *_MOVES, reason="low-precision transformation moves the dequantisation behind it"),
+    **_yes("Pad", reason="low-precision transformation moves the dequantisation behind it"),
+    **_no("Sigmoid", "LeakyRelu", "Softmax", reason="computed in float; fused behind the primitive before it"),
+}
+
+_TENSORRT: dict[str, Support] = {
+    **_yes(
+        "Conv",
+        "ConvTranspose",
+        "Gemm",
+        "MatMul",
+        reason="INT8 tensor cores: both inputs quantised; output in any type",
+        float_output=True,
+    ),
+    **_yes("Add", reason="residual sum fused into the convolution's epilogue when its other input is quantised"),
+    **_yes("MaxPool", "AveragePool", "GlobalAveragePool", reason="INT8 pooling kernels; Q/DQ commute with them"),
+    **_yes("Concat", "Resize", *_MOVES, reason="INT8 data movement; Q/DQ commute with it"),
+    **_no("Relu", "Clip", reason="kept: a symmetric range cannot cut off negatives; fused behind the convolution"),
+    **_no("Sigmoid", "Mul", "LeakyRelu", reason="pointwise in float, fused with its neighbours by TensorRT itself"),
+    **_no("Pad", reason="its Q/DQ handling is not documented; left in float"),
+}
+
+_PER_CHANNEL = "a channel whose weights are small keeps its resolution, and it costs no time"
+_INT32_BIAS = "added to the int32 accumulator; scale is input x weight, zero point 0"
+
+ORT_CPU = Target(
+    "ort-cpu",
+    "onnxruntime on x86 with VNNI or AMX, and on ARM with dot products",
+    _ORT_CPU,
+    "not known to run in INT8 in onnxruntime's CPU provider",
+    why={
+        "activation": "u8 x s8 is what VNNI multiplies: s8 activations run convolutions 2-5x and MatMul 7-30x slower",
+        "symmetric": "a free zero point doubles the resolution after Relu and costs nothing",
+        "weight_bits": "VNNI adds in 32 bits: no headroom needed",
+        "per_channel": _PER_CHANNEL,
+        "bias": _INT32_BIAS + "; onnxruntime before 1.21 does not fuse a float bias",
+    },
+)
+ORT_CPU_NO_VNNI = replace(
+    ORT_CPU,
+    name="ort-cpu-no-vnni",
+    summary="onnxruntime on x86 with AVX2 or AVX-512 but without VNNI",
+    weight_bits=7,
+    why={
+        **ORT_CPU.why,
+        "weight_bits": "vpmaddubsw adds pairs of u8 x s8 products in 16 bits and saturates: 255 x 127 x 2 does not fit, 255 x 64 x 2 does",
+    },
+)
+OPENVINO = Target(
+    "openvino",
+    "OpenVINO on CPU",
+    _OPENVINO,
+    "no low-precision transformation is known for it",
+    bias="float",
+    why={
+        "activation": "its low-precision transformations choose u8 where they can; zero points of activations are free on CPU",
+        "symmetric": "the CPU plugin folds activation zero points into the bias",
+        "weight_bits": "oneDNN scales by itself where there is no VNNI",
+        "per_channel": _PER_CHANNEL,
+        "bias": "the plugin fuses a float bias behind the INT8 sum, and it takes less room",
+    },
+)
+TENSORRT = Target(
+    "tensorrt",
+    "TensorRT with explicit quantisation",
+    _TENSORRT,
+    "not a layer TensorRT runs in INT8",
+    activation="s8",
+    symmetric=True,
+    bias="float",
+    why={
+        "activation": "INT8 in TensorRT is signed",
+        "symmetric": "TensorRT rejects zero points other than 0",
+        "weight_bits": "tensor cores add in 32 bits: no headroom needed",
+        "per_channel": _PER_CHANNEL,
+        "bias": "its parser refuses DequantizeLinear of int32 ('only activation types allowed as input to this layer')",
+    },
+)
+BUILTIN: Mapping[str, Target] = {t.name: t for t in (ORT_CPU, ORT_CPU_NO_VNNI, OPENVINO, TENSORRT)}
+
+
+def targets() -> dict[str, Target]:
+    """All targets by name, those of installed packages included. OptionError where two have one name or one cannot be loaded."""
+    from importlib.metadata import entry_points
+
+    found, owners = dict(BUILTIN), dict.fromkeys(BUILTIN, "graphopt")
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            target = point.load()
+        except Exception as error:  # somebody else's module: anything can happen in it
+            raise OptionError(f"target '{point.name}' ({point.value}) cannot be loaded: {error}") from error
+        if not isinstance(target, Target):
+            raise OptionError(f"target '{point.name}' ({point.value}) is a {type(target).__name__}, not a graphopt.targets.Target")
+        if target.name in found:
+            raise OptionError(
+                f"two targets are named '{target.name}': one in {owners[target.name]}, one in {point.value}; rename one"
+            )
+        found[target.name], owners[target.name] = target, point.value
+    return found
+
+
+def find_target(name: str) -> Target:
+    """The target of that name. Raises OptionError with the valid names."""
+    if name in BUILTIN:
+        return BUILTIN[name]
+    known = targets()
+    if name not in known:
+        raise OptionError(f"unknown target '{name}'; {suggest(name, known)}")
+    return known[name]

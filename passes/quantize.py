@@ -1,0 +1,99 @@
+"""Post-training INT8 quantisation in QDQ form."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.context import Context
+from graphopt.errors import PassError
+from graphopt.model import Model
+from graphopt.observers import Statistics
+from graphopt.operands import Names
+from graphopt.opset import raise_opset
+from graphopt.quant import quantised_ops
+from graphopt.quant_insert import Inserter, insert
+from graphopt.quant_numbers import Parameters, parameters
+from graphopt.quant_plan import Plan, Selection, plan
+from graphopt.registry import register
+from graphopt.runtime import runnable
+from graphopt.shapes import shapes
+from graphopt.targets import ORT_CPU, Target
+
+Method = Literal["minmax", "moving-average", "percentile", "entropy", "mse"]
+OPSET = 13  # DequantizeLinear with an axis
+
+
+@register("quantize", needs_data=True, after=("prune-channels", "fold-bn", "fold-scales"))
+def quantize(
+    model: Model,
+    context: Context,
+    *,
+    method: Method = "mse",
+    percentile: float = 99.99,
+    exclude: tuple[str, ...] = (),
+    exclude_ops: tuple[str, ...] = (),
+    include: tuple[str, ...] = (),
+    include_ops: tuple[str, ...] = (),
+    per_channel: bool = True,
+    activation: Literal["u8", "s8"] | None = None,
+) -> int:
+    """Weights become int8 per channel, activations u8 or s8 as the target wants them, in QDQ form; returns the nodes that run in INT8."""
+    from graphopt.calibrate import calibrate
+
+    target = context.target or ORT_CPU
+    present = quantised_ops(model)
+    if present:
+        found = ", ".join(f"{count} {op}" for op, count in present.most_common(3))
+        raise PassError("quantize", f"the model is quantised already ({found}); give the float model it was made from")
+    if context.calibration is None:
+        raise PassError("quantize", "needs calibration data: give rows of typical inputs")
+    raise_opset(model, OPSET, context)
+    work = plan(model, context.get(shapes, model), target, Selection(include, exclude, include_ops, exclude_ops), context.reject)
+    if not work.units:
+        context.facts.update(_facts(work, {}, target, method))
+        return 0
+    names = [t.name for t in work.sources()]
+    with runnable(model) as content:
+        statistics = calibrate(content, context.calibration, names, method=method, progress=context.progress)
+    dtype = np.dtype(np.uint8 if (activation or target.activation) == "u8" else np.int8)
+    numbers = _parameters(work, statistics, dtype, target, method, percentile)
+    context.facts.update(_facts(work, numbers, target, method))
+    insert(Inserter(model, work, target, numbers, per_channel and target.per_channel, Names(model)))
+    return len(work.units)
+
+
+def _parameters(
+    work: Plan, statistics: dict[str, Statistics], dtype: np.dtype, target: Target, method: str, percentile: float
+) -> dict[int, Parameters]:
+    """One set of numbers a class: it covers the ranges of all its members."""
+    found: dict[int, Parameters] = {}
+    levels = 255 if target.symmetric else 256
+    for members in work.classes:
+        low, high = 0.0, 0.0
+        for tensor in members:
+            if isinstance(tensor, gs.Constant):
+                ends = float(np.min(tensor.values, initial=0)), float(np.max(tensor.values, initial=0))
+            elif tensor.name in statistics:
+                ends = statistics[tensor.name].range(method, levels=levels, symmetric=target.symmetric, percentile=percentile)
+            else:
+                continue
+            low, high = min(low, float(ends[0])), max(high, float(ends[1]))
+        numbers = parameters(low, high, dtype, symmetric=target.symmetric)
+        found.update((id(t), numbers) for t in members)
+    return found
+
+
+def _facts(work: Plan, numbers: dict[int, Parameters], target: Target, method: str) -> dict[str, Any]:
+    """For the report: what runs in INT8, what stays float and why, and the range of each tensor."""
+    return {
+        "target": target.name,
+        "method": method,
+        "quantized_nodes": dict(Counter(u.node.op for u in work.units)),
+        "float_nodes": [{"op": op, "count": n, "reason": why} for (why, op), n in work.floats.most_common()],
+        "scales": len(work.classes),
+        "ranges": {t.name: [p.low, p.high] for t in work.tensors.values() if (p := numbers.get(id(t))) is not None},
+    }
