@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 
 def if_(site: Site, walker: Walker) -> list[Typed]:
-    """What both branches agree on."""
+    """What both branches agree on; where the condition is known, what its branch gives."""
     branches = [site.node.attrs[name] for name in ("then_branch", "else_branch")]
     for branch in branches:
         walker.graph(branch)
+    condition = site.value(0)
+    if condition is not None and isinstance(condition.reshape(-1)[0], bool):
+        taken = branches[0] if condition.reshape(-1)[0] else branches[1]
+        return [_typed(t, walker) for t in taken.outputs]
     results = []
     for index in range(len(site.node.outputs)):
         then, other = (_typed(branch.outputs[index], walker) for branch in branches)

@@ -20,7 +20,7 @@ from graphopt.proto import subgraphs
 from graphopt.shape_bodies import CONTROL_FLOW
 from graphopt.shape_rules import ALIKE, BROADCAST, COMPARE, MAX_VALUES, SAME, SHAPE_RULES, Known, Site, same
 from graphopt.shape_values import VALUE_RULES, checked, split_values
-from graphopt.symbols import Polynomial, Sizes, broadcast_all, symbol, term, text
+from graphopt.symbols import Polynomial, Sizes, broadcast_all, symbol, text, unknown
 
 T = TypeVar("T")
 Dim = int | str | None
@@ -104,7 +104,7 @@ class Walker:
     def complete(self, name: str, shape: Sizes) -> Sizes:
         """Unknown axes get a symbol that nothing else has."""
         return tuple(
-            term(f"?{name}:{i}") if size is None or (isinstance(size, int) and size < 0) else size for i, size in enumerate(shape)
+            unknown(f"{name}:{i}") if size is None or (isinstance(size, int) and size < 0) else size for i, size in enumerate(shape)
         )
 
     def graph(self, graph: gs.Graph) -> None:
@@ -141,13 +141,10 @@ class Walker:
         alike, inputs, source = ALIKE.get(key, (site.node.op, None, 0))
         typed = self.onnx.infer(site, alike if inputs is not None else None, inputs)
         rule = SHAPE_RULES.get(alike if inputs is not None else key)
-        refined = (_guarded(rule, site) or []) if rule is not None and inputs is None and self.unknown(typed) else []
+        refined = (_guarded(rule, site) or []) if rule is not None and inputs is None and _incomplete(typed) else []
         shapes_ = [_merge(shape, refined[i] if i < len(refined) else None) for i, (_, shape) in enumerate(typed)]
         dtype = self.known.dtypes.get(site.node.inputs[source].name) if inputs is not None and site.has(source) else None
         return [(dtype or kind, shape) for (kind, _), shape in zip(typed, shapes_, strict=True)]
-
-    def unknown(self, typed: list[Typed]) -> bool:
-        return any(shape is None or None in shape for _, shape in typed)
 
     def record(self, tensor: gs.Tensor, dtype: np.dtype | None, shape: Sizes | None) -> None:
         """Store one output; what inference leaves open is taken from the declaration, except at the model's outputs.
@@ -211,6 +208,10 @@ def _direct(site: Site, key: str) -> list[Typed] | None:
         shape = broadcast_all(site.shape(i) for i in range(len(site.node.inputs)))
         return [(np.dtype(bool) if key in COMPARE else first, shape)]
     return None
+
+
+def _incomplete(typed: list[Typed]) -> bool:
+    return any(shape is None or None in shape for _, shape in typed)
 
 
 def _merge(shape: Sizes | None, other: Sizes | None) -> Sizes | None:

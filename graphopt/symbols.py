@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 Monomial = tuple[str, ...]  # symbols in order, repeated for powers; () is the constant term
+MAX_TEXT = 300  # nested operations longer than this become unknown, for the same reason as below
 MAX_TERMS = 24  # longer polynomials become unknown: no model needs them and products would grow without bound
 
 
@@ -42,9 +43,14 @@ def symbol(name: str) -> Polynomial:
     return Polynomial((((name if re.fullmatch(r"[^\s+\-*/()']+", name) else f"'{name}'",), 1),))
 
 
-def term(text: str) -> Polynomial:
+def unknown(name: str) -> Polynomial:
+    """A symbol that nothing else has; `name` says what it is the size of."""
+    return Polynomial(((("?" + name,), 1),))
+
+
+def term(text: str) -> Size:
     """A symbol that names an operation on sizes, such as 'floor((h + 1)/2)': the same operation gives the same symbol."""
-    return Polynomial((((text,), 1),))
+    return Polynomial((((text,), 1),)) if len(text) <= MAX_TEXT else None
 
 
 def text(size: Size) -> int | str | None:
@@ -161,12 +167,23 @@ def quotient(numerator: Iterable[Size], denominator: Iterable[Size]) -> Size:
 
 
 def broadcast(a: Size, b: Size) -> Size:
-    """The size of an axis after broadcasting; None where both could be 1 (ONNX, 'Broadcasting in ONNX')."""
-    if a == b or b == 1:
+    """The size of an axis after broadcasting (ONNX, 'Broadcasting in ONNX'), given that the sizes fit."""
+    if a == b or b == 1 or _is_minimum(b, a):
         return a
-    if a == 1:
+    if a == 1 or _is_minimum(a, b):
         return b
-    return next((s for s in (a, b) if isinstance(s, int)), None)
+    number = next((s for s in (a, b) if isinstance(s, int)), None)
+    if number is not None or a is None or b is None:
+        return number
+    return term(f"broadcast({', '.join(sorted((str(text(a)), str(text(b)))))})")
+
+
+def _is_minimum(a: Size, b: Size) -> bool:
+    """a = min(number, b): if the two broadcast at all, the result is b, for a = 1 means b = 1 or number = 1."""
+    if not isinstance(a, Polynomial) or not isinstance(b, Polynomial) or not a.text.startswith("min("):
+        return False
+    number = a.text[4:].partition(", ")[0]
+    return number.isdigit() and number != "0" and a.text == f"min({number}, {b.text})"
 
 
 def broadcast_all(shapes: Iterable[Sizes | None]) -> Sizes | None:
@@ -190,10 +207,13 @@ def slice_length(size: Size, start: Size, end: Size, step: Size) -> Size:
         return len(range(*slice(start, stop, step).indices(size)))
     first, last = _position(size, start), _position(size, end)
     length = subtract(last, first)
-    if step > 0 and not_negative(length):
+    if step > 0 and (not_negative(length) or length == size):
         return ceil_divide(length, step)
     if step == -1 and start == -1 and isinstance(end, int) and end < -(2**30):
         return size
+    if (start, step) == (0, 1) and not_negative(end) and isinstance(size, int) != isinstance(end, int):
+        number, other = sorted((size, end), key=lambda s: isinstance(s, Polynomial))
+        return term(f"min({number}, {text(other)})")
     return term(f"len({text(size)}[{text(start)}:{text(end)}:{step}])")
 
 
