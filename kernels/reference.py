@@ -10,7 +10,7 @@ MIN_EXPONENT = -126  # log2 of the finest bin width: 2**126 is the largest scale
 
 def exponent_of(magnitude: float) -> int:
     """The smallest exponent >= MIN_EXPONENT with magnitude < SIDE * 2**exponent."""
-    return max(int(np.frexp(magnitude)[1]) - 12, MIN_EXPONENT)
+    return max(int(np.frexp(magnitude)[1]) - 12, MIN_EXPONENT) if magnitude else MIN_EXPONENT
 
 
 def widen(counts: np.ndarray, shift: int) -> np.ndarray:
