@@ -265,12 +265,13 @@ def presets() -> None:
 def targets(name: str | None) -> None:
     """List the targets, or describe the target NAME: what it runs in INT8, what not, and why."""
     from graphopt.cli_render import show_target, show_targets
-    from graphopt.targets import TARGETS, find_target
+    from graphopt.targets import find_target
+    from graphopt.targets import targets as all_targets
 
     if name:
         show_target(find_target(name))
     else:
-        show_targets(list(TARGETS.values()))
+        show_targets(list(all_targets().values()))
 
 
 @cli.command()

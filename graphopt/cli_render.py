@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from graphopt.diff import Diff
     from graphopt.registry import Pass
     from graphopt.report import ModelRow, PassRow, Report
+    from graphopt.targets import Target
 
 
 def _console(**options: Any) -> Console:
@@ -215,7 +216,7 @@ def show_presets() -> None:
     _console().print(table)
 
 
-def show_targets(targets: Sequence[Any]) -> None:
+def show_targets(targets: Sequence[Target]) -> None:
     """Name and summary."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("target", "what it is"):
@@ -225,9 +226,17 @@ def show_targets(targets: Sequence[Any]) -> None:
     _console().print(table)
 
 
-def show_target(target: Any) -> None:
-    """Every row of the target's table with its reason."""
-    show_rows(f"{target.name}: {target.summary}", target.rows())
+def show_target(target: Target) -> None:
+    """Its settings and every op's row, each with the reason."""
+    settings = {
+        "activation": f"{target.activation}, {'symmetric' if target.symmetric else 'with a zero point'}",
+        "weight_bits": f"{target.weight_bits} bits",
+        "per_channel": "weights per channel" if target.per_channel else "weights per tensor",
+        "bias": target.bias,
+    }
+    rows = [(name, f"{value}: {dict(target.why).get(name, '')}") for name, value in settings.items()]
+    rows += [(op, f"{'INT8' if s.int8 else 'float'}: {s.reason}") for op, s in sorted(target.ops.items())]
+    show_rows(f"{target.name}: {target.summary}", [*rows, ("any other op", f"float: {target.unlisted}")])
 
 
 def show_demo(stages: Sequence[Stage]) -> None:
