@@ -204,15 +204,20 @@ def open_dataset(source: Any, inputs: Sequence[InputSpec]) -> Dataset:
 
 
 def generated(inputs: Sequence[InputSpec], rows: int, *, seed: int = 0, axis: int = 8) -> Dataset:
-    """Random rows made from the input types, see `random_row`; the same for the same seed, whatever the batch."""
+    """Random rows made from the input types, see `random_row`; the same for the same seed, whatever the batch.
+
+    Where the model's batch is fixed, `rows` is rounded up to whole batches.
+    """
     specs = tuple(inputs)
     if not specs:
         raise DataError("generated data: the model has no inputs")
 
     def make() -> Iterator[Feed]:
-        return (random_row(specs, (seed, row), axis=axis) for row in range(rows))
+        return (random_row(specs, (seed, number), axis=axis) for number in range(count))
 
-    return Dataset("'generated'", specs, (_Feeds("'generated'", make, rows),))
+    each = fixed_batch(specs) or 1
+    count = -(-rows // each)
+    return Dataset("'generated'", specs, (_Feeds("'generated'", make, count * each),))
 
 
 def _open_text(text: str, inputs: tuple[InputSpec, ...]) -> Dataset:

@@ -66,6 +66,8 @@ def check_feed(inputs: Sequence[InputSpec], feed: Mapping[str, Any], where: str,
     `any_rows`: the first axis may differ from a fixed size, because the rows will be batched anew.
     """
     check_names(inputs, feed, where)
+    if row_count({name: np.asarray(value) for name, value in feed.items()}) == 0:
+        raise DataError(f"data {where}: has no rows")
     checked = {}
     for spec in inputs:
         value = np.asarray(feed[spec.name])
