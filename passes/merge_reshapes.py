@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -234,27 +234,26 @@ RULES: dict[str, Rule] = {
 }
 
 
-def merge_concats(nodes: Sequence[gs.Node], edit: Edit) -> int:
+def merge_concats(graph: gs.Graph, edit: Edit) -> int:
     """A Concat read only by a Concat on the same axis is spliced into it, from the last node back so that each is met once."""
-    merged: set[int] = set()
-    for node in reversed(nodes):
+    merged: dict[int, gs.Node] = {}
+    for node in reversed(graph.nodes):
         if op_key(node) != "Concat" or id(node) in merged:
             continue
         spliced: list[gs.Tensor] = []
-        inner_nodes: list[gs.Node] = []
+        found = len(merged)
         stack = list(reversed(node.inputs))
         while stack:
             tensor = stack.pop()
             inner = producer(tensor, "Concat")
             if inner is not None and only_user(tensor, edit.wiring) is not None and _joins(inner, node, edit):
-                inner_nodes.append(inner)
+                merged[id(inner)] = inner
                 stack.extend(reversed(inner.inputs))
             else:
                 spliced.append(tensor)
-        if inner_nodes:
+        if len(merged) > found:
             set_inputs(node, spliced)
-            merged |= {id(n) for n in inner_nodes}
-    return len(merged)
+    return remove_nodes(graph, list(merged.values())) if merged else 0
 
 
 def _joins(inner: gs.Node, outer: gs.Node, edit: Edit) -> bool:
@@ -285,7 +284,7 @@ def merge_reshapes(model: Model, context: Context) -> int:
                     break
         if dead:
             remove_nodes(graph, dead)
-        changes += merge_concats(graph.nodes, edit)
+        changes += merge_concats(graph, edit)
     return changes
 
 
