@@ -20,7 +20,7 @@ from graphopt.operands import has_input, operand
 
 @dataclass(frozen=True)
 class QTensor:
-    """`dtype` "activation" is the target's u8 or s8; s8 are weights, s32 biases. `per_channel`: one scale an index of `QOp.axis`."""
+    """`dtype` "activation" is the target's u8 or s8; s8 are weights, s32 biases. `per_channel`: one scale along `QOp.axis`."""
 
     dtype: str
     per_channel: bool = False
@@ -192,10 +192,11 @@ _PREFIXES = (
 def quantised_ops(model: Model) -> Counter[str]:
     """The quantised ops of the model, subgraphs included, with their number: QDQ, QLinear, Integer and dynamic forms.
 
-    >>> from graphopt.model import from_proto
     >>> import onnx.parser
-    >>> quantised_ops(from_proto(onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 13]> m (float[1] x) => (float[1] y) {y = Neg(x)}')))
-    Counter()
+    >>> from graphopt.model import load
+    >>> text = '<ir_version: 8, opset_import: ["" : 13]> g (float[1] x, float s) => (uint8[1] y) {y = QuantizeLinear(x, s)}'
+    >>> quantised_ops(load(onnx.parser.parse_model(text)))
+    Counter({'QuantizeLinear': 1})
     """
     return Counter(op_key(n) for n in model.nodes() if n.op in _INTEGER or n.op.startswith(_PREFIXES))
 

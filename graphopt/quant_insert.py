@@ -12,6 +12,7 @@ from graphopt.edit import remove_nodes, set_input, set_output
 from graphopt.model import Model
 from graphopt.operands import Names, has_input
 from graphopt.quant import BOUNDS, weight_value
+from graphopt.quant_bias import shift
 from graphopt.quant_numbers import Parameters, Weight, least_scales, quantise_bias, quantise_weight
 from graphopt.quant_plan import Plan, Unit
 from graphopt.targets import Target
@@ -19,7 +20,10 @@ from graphopt.targets import Target
 
 @dataclass
 class Inserter:
-    """One insertion. `parameters` by tensor id; `quantised` and `dequantised` hold the two sides of each pair made so far."""
+    """One insertion. `parameters` by tensor id; `means` of channels by name, to correct biases.
+
+    `quantised` and `dequantised` hold the two sides of each pair made so far, by the id of its tensor.
+    """
 
     model: Model
     plan: Plan
@@ -27,6 +31,7 @@ class Inserter:
     parameters: Mapping[int, Parameters]
     per_channel: bool
     names: Names
+    means: Mapping[str, np.ndarray]
     quantised: dict[int, gs.Tensor] = field(default_factory=dict)
     dequantised: dict[int, gs.Tensor] = field(default_factory=dict)
     constants: dict[tuple[str, bytes, tuple[int, ...]], gs.Constant] = field(default_factory=dict)
@@ -53,13 +58,12 @@ class Inserter:
 
 def insert(work: Inserter) -> None:
     """Change the graph as planned. Other readers of a float tensor keep reading it; graph inputs and outputs keep name and type."""
-    units = {id(u.node): u for u in work.plan.units}
     for tensor in work.plan.tensors.values():
         _pair(work, tensor)
-    for unit in units.values():
-        _rewire(work, unit)
+    for unit in work.plan.units:
         if "s8" in {row.dtype for row in unit.row.inputs.values()}:
             _weights(work, unit)
+        _rewire(work, unit)
     remove_nodes(work.model.graph, work.dead)
 
 
@@ -122,19 +126,33 @@ def _rewire(work: Inserter, unit: Unit) -> None:
 def _weights(work: Inserter, unit: Unit) -> None:
     node = unit.node
     values, bias = weight_value(node, 1), weight_value(node, 2) if has_input(node, 2) else None
-    source = next(t for t in work.plan.tensors.values() if work.dequantised[id(t)] is node.inputs[0])
-    input_scale = work.parameters[id(source)].scale
-    assert values is not None
-    integer_bias = bias is not None and work.target.bias == "s32"
-    least = least_scales(bias.reshape(-1), input_scale) if bias is not None and integer_bias else None
-    variable, weight = _weight(work, unit, values, least)
-    if bias is not None and integer_bias:
-        name, (integers, scales) = node.inputs[2].name, quantise_bias(bias.reshape(-1), input_scale, weight.scales)
-        b = gs.Variable(work.names.fresh(f"{name}_dq"), np.float32, integers.shape)
-        inputs: list[gs.Tensor] = [work.names.constant(f"{name}_q", integers), work.constant(f"{name}_scale", scales)]
-        work.node("DequantizeLinear", f"{name}_DQ", inputs, b, **({"axis": 0} if scales.ndim else {}))
-        set_input(node, 2, b)
+    assert values is not None  # the plan takes only nodes with a constant weight
+    if bias is None:
+        set_input(node, 1, _weight(work, unit, values, None)[0])
+        return
+    bias, input_scale = bias.reshape(-1), work.parameters[id(node.inputs[0])].scale
+    integer = work.target.bias == "s32"
+    variable, weight = _weight(work, unit, values, least_scales(bias, input_scale) if integer else None)
+    mean = work.means.get(node.inputs[0].name)
+    if mean is not None:
+        bias = bias - shift(node, weight.error(values, unit.row.axis(node)), mean).astype(np.float32)
+    set_input(
+        node,
+        2,
+        _bias(work, node.inputs[2].name, bias, input_scale, weight)
+        if integer
+        else work.names.constant(f"{node.inputs[2].name}_c", bias),
+    )
     set_input(node, 1, variable)
+
+
+def _bias(work: Inserter, name: str, bias: np.ndarray, input_scale: np.float32, weight: Weight) -> gs.Tensor:
+    """An int32 bias behind a DequantizeLinear; its zero point must be left out or 0 (ONNX operator DequantizeLinear)."""
+    integers, scales = quantise_bias(bias, input_scale, weight.scales)
+    variable = gs.Variable(work.names.fresh(f"{name}_dq"), np.float32, integers.shape)
+    inputs: list[gs.Tensor] = [work.names.constant(f"{name}_q", integers), work.constant(f"{name}_scale", scales)]
+    work.node("DequantizeLinear", f"{name}_DQ", inputs, variable, **({"axis": 0} if scales.ndim else {}))
+    return variable
 
 
 def _weight(work: Inserter, unit: Unit, values: np.ndarray, least: np.ndarray | None) -> tuple[gs.Tensor, Weight]:

@@ -66,7 +66,7 @@ class Selection:
 
 @dataclass
 class Plan:
-    """`tensors`: what becomes INT8, by id; `classes`: sets of names with one scale; `floats`: (reason, op) -> nodes left in float."""
+    """`tensors`: what becomes INT8, by id; `classes`: sets of names with one scale; `floats`: (reason, op) -> nodes."""
 
     units: list[Unit]
     tensors: dict[int, gs.Tensor] = field(default_factory=dict)
@@ -129,7 +129,7 @@ def _refusal(node: gs.Node, opset: int, shapes: Shapes, target: Target, selectio
     support = target.support(key)
     if not support.int8:
         return support.reason
-    reason = selection.refuses(node) or row.misfit(node, opset)
+    reason = selection.refuses(node) or row.misfit(node, opset) or support.misfit(node)
     if reason:
         return reason
     if row.absorbed:

@@ -7,9 +7,11 @@ Packages add targets through the entry-point group `graphopt.targets`, each entr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+import onnx_graphsurgeon as gs
 
 from graphopt.errors import OptionError
 from graphopt.registry import suggest
@@ -24,12 +26,14 @@ class Support:
     """One op on one target. `reason` says why it runs in INT8, or why it is left in float.
 
     `float_output`: may read INT8 and write float. `on_integers`: no QDQ fusion exists, so the op itself is written on the integers.
+    `misfit` gives the reason why one node is better left in float, or "".
     """
 
     int8: bool
     reason: str
     float_output: bool = False
     on_integers: bool = False
+    misfit: Callable[[gs.Node], str] = lambda node: ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Target:
     weight_bits: Literal[7, 8] = 8
     per_channel: bool = True
     bias: Literal["s32", "float"] = "s32"
-    why: Mapping[str, str] = ()  # type: ignore[assignment]
+    why: Mapping[str, str] = field(default_factory=dict)
 
     def support(self, op: str) -> Support:
         """The row of the op, or one that says why there is none."""
@@ -64,82 +68,71 @@ def _no(*ops: str, reason: str) -> dict[str, Support]:
     return {op: Support(False, reason) for op in ops}
 
 
+def _thin_stem(node: gs.Node) -> str:
+    """onnxruntime's INT8 Conv gathers patches byte by byte where a pixel has 1-3 channels; its float Conv has a kernel for them."""
+    weight = node.inputs[1].shape
+    thin = int(node.attrs.get("group", 1)) == 1 and weight[1] <= 3 and max(weight[2:], default=1) > 1
+    return "a first convolution of 1-3 channels: INT8 takes up to twice as long as float" if thin else ""
+
+
 _MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Tile", "DepthToSpace")
+_NO_KERNEL = "no INT8 kernel: it would convert its inputs and its output"
 
 _ORT_CPU: dict[str, Support] = {
-    **_yes(
-        "Conv", reason="QLinearConv: 2-5x float where dense; depthwise about even; groups of several channels no faster than float"
+    "Conv": Support(
+        True,
+        "QLinearConv: 2-5x float where dense, even where depthwise or grouped (channels in multiples of 16, else half as fast)",
+        misfit=_thin_stem,
     ),
-    **_yes("Gemm", reason="QGemm, 3x float; needs an explicit weight zero point to fuse; writes float directly", float_output=True),
+    **_yes(
+        "Gemm", reason="QGemm: 3x float; fuses only with an explicit weight zero point; writes float directly", float_output=True
+    ),
     **_yes("MatMul", reason="QLinearMatMul or MatMulIntegerToFloat with a constant weight: 3x float", float_output=True),
     **_yes("Add", reason="QLinearAdd: as fast as float, and keeps a residual stream in INT8"),
-    **_yes("Mul", reason="QLinearMul: 0.7x float alone, 1.4x in a squeeze-and-excite block, where it saves the conversions"),
-    **_yes("Sigmoid", reason="QLinearSigmoid: a table look-up, as fast as float, and saves the conversions"),
+    **_yes("Mul", reason="QLinearMul: 0.7x float alone; 1.4x in a squeeze-and-excite block, where it saves the conversions"),
+    **_yes("Sigmoid", reason="QLinearSigmoid: a table look-up, as fast as float, and it saves the conversions"),
     **_yes("LeakyRelu", reason="QLinearLeakyRelu: a table look-up, slower than float alone but cheaper than two conversions"),
     **_yes("MaxPool", reason="NhwcMaxPool next to QLinearConv, at no cost; 17x slower than float on its own, so never alone"),
     **_yes(
-        "AveragePool", reason="QLinearAveragePool: slower than float, but onnxruntime fuses it whenever it lies between INT8 ops"
+        "AveragePool", reason="QLinearAveragePool: slower than float, but fused by onnxruntime wherever it lies between INT8 ops"
     ),
     **_yes("GlobalAveragePool", reason="QLinearGlobalAveragePool: 3x float"),
-    **_yes("Concat", reason="QLinearConcat: a copy of a quarter of the bytes"),
-    **_yes("Resize", reason="nearest only: moves bytes (slower than float in NHWC, but onnxruntime fuses it between INT8 ops)"),
+    **_yes("Concat", reason="QLinearConcat: copies a quarter of the bytes"),
+    **_yes("Resize", reason="nearest only: moves bytes (slower than float in NHWC, but fused by onnxruntime between INT8 ops)"),
     **_yes(*_MOVES, reason="moves bytes, a quarter as many"),
-    **_yes("ReduceMax", "ReduceMin", reason="order is kept by quantisation: runs on the integers"),
+    **_yes("ReduceMax", "ReduceMin", reason="quantisation keeps order: runs on the integers"),
     **_yes("Pad", reason="has no QDQ fusion; written on the integers it saves both conversions: 1.4x", on_integers=True),
     **_yes("Relu", "Clip", reason="absorbed: saturation of the quantised output does the same"),
-    **_no("Softmax", reason="QLinearSoftmax is 2-5x slower than float, and 8 bits are coarse for probabilities"),
+    **_no("Softmax", reason="QLinearSoftmax takes 2-5x as long as float, and 8 bits are coarse for probabilities"),
     **_no("ConvTranspose", reason="no INT8 kernel, and its weights would be dequantised at every run"),
-    **_no(
-        "Sub",
-        "Div",
-        "Max",
-        "Min",
-        "Sum",
-        "PRelu",
-        "HardSigmoid",
-        "HardSwish",
-        "Tanh",
-        "Erf",
-        "Gelu",
-        reason="no INT8 kernel: each would convert twice",
-    ),
-    **_no("SpaceToDepth", "GlobalMaxPool", "ReduceMean", "LRN", reason="no INT8 kernel: each would convert twice"),
-    **_no(
-        "LayerNormalization", "InstanceNormalization", "BatchNormalization", reason="no INT8 kernel, and sums of squares need float"
-    ),
-    **_no("LSTM", "GRU", "RNN", reason="onnxruntime runs them quantised only dynamically (DynamicQuantizeLSTM)"),
-    **_no("Einsum", reason="no INT8 kernel"),
+    **_no("Sub", "Div", "Max", "Min", "Sum", "PRelu", "HardSigmoid", "HardSwish", "Tanh", "Erf", "Gelu", reason=_NO_KERNEL),
+    **_no("SpaceToDepth", "GlobalMaxPool", "ReduceMean", "LRN", "Einsum", reason=_NO_KERNEL),
+    **_no("LayerNormalization", "InstanceNormalization", "BatchNormalization", reason="no INT8 kernel, and its sums need float"),
+    **_no("LSTM", "GRU", "RNN", reason="onnxruntime quantises it only dynamically (DynamicQuantizeLSTM)"),
 }
 
+_BEHIND = "low-precision transformation moves the dequantisation behind it"
 _OPENVINO: dict[str, Support] = {
-    **{op: row for op, row in _ORT_CPU.items() if row.int8},
     **_yes("Conv", "ConvTranspose", "Gemm", "MatMul", reason="oneDNN INT8 primitive; writes float or u8", float_output=True),
-    **_yes("Add", "Mul", reason="fused into the primitive before it, or an INT8 eltwise"),
-    **_yes("AveragePool", "GlobalAveragePool", "MaxPool", reason="INT8 pooling: dequantisation is moved behind it"),
-    **_yes("Concat", "Resize", "DepthToSpace", *_MOVES, reason="low-precision transformation moves the dequantisation behind it"),
-    **_yes("Pad", reason="low-precision transformation moves the dequantisation behind it"),
-    **_no("Sigmoid", "LeakyRelu", "Softmax", reason="computed in float; fused behind the primitive before it"),
+    **_yes("Add", "Mul", reason="fused into the primitive before it, or an INT8 elementwise kernel"),
+    **_yes("AveragePool", "GlobalAveragePool", "MaxPool", "ReduceMax", "ReduceMin", reason=_BEHIND),
+    **_yes("Concat", "Resize", "Pad", *_MOVES, reason=_BEHIND),
+    **_yes("Relu", "Clip", reason="absorbed: saturation of the quantised output does the same"),
+    **_no("Sigmoid", "LeakyRelu", "Softmax", reason="computed in float, fused behind the primitive before it"),
 }
 
 _TENSORRT: dict[str, Support] = {
-    **_yes(
-        "Conv",
-        "ConvTranspose",
-        "Gemm",
-        "MatMul",
-        reason="INT8 tensor cores: both inputs quantised; output in any type",
-        float_output=True,
-    ),
-    **_yes("Add", reason="residual sum fused into the convolution's epilogue when its other input is quantised"),
+    **_yes("Conv", "ConvTranspose", "Gemm", "MatMul", reason="INT8 tensor cores; the output may have any type", float_output=True),
+    **_yes("Add", reason="a residual sum is fused behind a convolution when its other input is quantised"),
     **_yes("MaxPool", "AveragePool", "GlobalAveragePool", reason="INT8 pooling kernels; Q/DQ commute with them"),
     **_yes("Concat", "Resize", *_MOVES, reason="INT8 data movement; Q/DQ commute with it"),
     **_no("Relu", "Clip", reason="kept: a symmetric range cannot cut off negatives; fused behind the convolution"),
     **_no("Sigmoid", "Mul", "LeakyRelu", reason="pointwise in float, fused with its neighbours by TensorRT itself"),
-    **_no("Pad", reason="its Q/DQ handling is not documented; left in float"),
+    **_no("Pad", reason="its Q/DQ handling is not documented"),
 }
 
-_PER_CHANNEL = "a channel whose weights are small keeps its resolution, and it costs no time"
-_INT32_BIAS = "added to the int32 accumulator; scale is input x weight, zero point 0"
+_PER_CHANNEL = "a channel of small weights keeps its resolution, and it costs no time"
+_SATURATES = "vpmaddubsw adds two u8 x s8 products in 16 bits and saturates: 2 x 255 x 127 does not fit, 2 x 255 x 63 does"
 
 ORT_CPU = Target(
     "ort-cpu",
@@ -151,7 +144,7 @@ ORT_CPU = Target(
         "symmetric": "a free zero point doubles the resolution after Relu and costs nothing",
         "weight_bits": "VNNI adds in 32 bits: no headroom needed",
         "per_channel": _PER_CHANNEL,
-        "bias": _INT32_BIAS + "; onnxruntime before 1.21 does not fuse a float bias",
+        "bias": "added to the int32 sum at scale input x weight; onnxruntime before 1.21 does not fuse a float bias",
     },
 )
 ORT_CPU_NO_VNNI = replace(
@@ -159,10 +152,7 @@ ORT_CPU_NO_VNNI = replace(
     name="ort-cpu-no-vnni",
     summary="onnxruntime on x86 with AVX2 or AVX-512 but without VNNI",
     weight_bits=7,
-    why={
-        **ORT_CPU.why,
-        "weight_bits": "vpmaddubsw adds pairs of u8 x s8 products in 16 bits and saturates: 255 x 127 x 2 does not fit, 255 x 64 x 2 does",
-    },
+    why={**ORT_CPU.why, "weight_bits": _SATURATES},
 )
 OPENVINO = Target(
     "openvino",
@@ -208,7 +198,7 @@ def targets() -> dict[str, Target]:
         except Exception as error:  # somebody else's module: anything can happen in it
             raise OptionError(f"target '{point.name}' ({point.value}) cannot be loaded: {error}") from error
         if not isinstance(target, Target):
-            raise OptionError(f"target '{point.name}' ({point.value}) is a {type(target).__name__}, not a graphopt.targets.Target")
+            raise OptionError(f"target '{point.name}' ({point.value}) is a {type(target).__name__}, not a Target")
         if target.name in found:
             raise OptionError(
                 f"two targets are named '{target.name}': one in {owners[target.name]}, one in {point.value}; rename one"

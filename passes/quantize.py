@@ -15,6 +15,7 @@ from graphopt.observers import Statistics
 from graphopt.operands import Names
 from graphopt.opset import raise_opset
 from graphopt.quant import quantised_ops
+from graphopt.quant_bias import channel_means, corrected
 from graphopt.quant_insert import Inserter, insert
 from graphopt.quant_numbers import Parameters, parameters
 from graphopt.quant_plan import Plan, Selection, plan
@@ -40,8 +41,9 @@ def quantize(
     include_ops: tuple[str, ...] = (),
     per_channel: bool = True,
     activation: Literal["u8", "s8"] | None = None,
+    bias_correction: bool = True,
 ) -> int:
-    """Weights become int8 per channel, activations u8 or s8 as the target wants them, in QDQ form; returns the nodes that run in INT8."""
+    """Weights become int8, activations u8 or s8 as the target wants them, in QDQ form; returns the nodes that run in INT8."""
     from graphopt.calibrate import calibrate
 
     target = context.target or ORT_CPU
@@ -59,10 +61,11 @@ def quantize(
     names = [t.name for t in work.sources()]
     with runnable(model) as content:
         statistics = calibrate(content, context.calibration, names, method=method, progress=context.progress)
+        means = channel_means(content, context.calibration, corrected(work.units)) if bias_correction else {}
     dtype = np.dtype(np.uint8 if (activation or target.activation) == "u8" else np.int8)
     numbers = _parameters(work, statistics, dtype, target, method, percentile)
     context.facts.update(_facts(work, numbers, target, method))
-    insert(Inserter(model, work, target, numbers, per_channel and target.per_channel, Names(model)))
+    insert(Inserter(model, work, target, numbers, per_channel and target.per_channel, Names(model), means))
     return len(work.units)
 
 
@@ -73,16 +76,16 @@ def _parameters(
     found: dict[int, Parameters] = {}
     levels = 255 if target.symmetric else 256
     for members in work.classes:
-        low, high = 0.0, 0.0
+        low, high = np.float32(0), np.float32(0)
         for tensor in members:
             if isinstance(tensor, gs.Constant):
-                ends = float(np.min(tensor.values, initial=0)), float(np.max(tensor.values, initial=0))
+                ends = np.float32(np.min(tensor.values, initial=0)), np.float32(np.max(tensor.values, initial=0))
             elif tensor.name in statistics:
                 ends = statistics[tensor.name].range(method, levels=levels, symmetric=target.symmetric, percentile=percentile)
             else:
                 continue
-            low, high = min(low, float(ends[0])), max(high, float(ends[1]))
-        numbers = parameters(low, high, dtype, symmetric=target.symmetric)
+            low, high = min(low, ends[0]), max(high, ends[1])
+        numbers = parameters(float(low), float(high), dtype, symmetric=target.symmetric)
         found.update((id(t), numbers) for t in members)
     return found
 
