@@ -1,0 +1,143 @@
+"""Reshape, Flatten, Squeeze, Unsqueeze: exact maps from indices to indices, also where sizes are symbols."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+
+import numpy as np
+
+from graphopt.dim_labels import ONE, Fold, Labels
+from graphopt.dim_rules import Axes, PinError, Result, Site, rule
+from graphopt.shapes import Dim, Shape
+
+MAX_FOLD = 1 << 22  # elements; above it a fold of several free axes is pinned
+Monomial = tuple[int, tuple[str, ...]]  # a number times symbols
+Block = tuple[list[int], list[int]]  # axes of the input that hold the same elements as axes of the output
+
+
+def _monomial(size: Dim) -> Monomial:
+    """'12*batch' as (12, ('batch',)); a sum is one symbol."""
+    if isinstance(size, int):
+        return size, ()
+    parts = re.fullmatch(r"(?:(\d+)\*)?([^\s+\-*/()']+(?:\*[^\s+\-*/()']+)*)", size or "?")
+    return (int(parts[1] or 1), tuple(sorted(parts[2].split("*")))) if parts else (1, (size or "?",))
+
+
+def _times(a: Monomial, b: Monomial) -> Monomial:
+    return a[0] * b[0], tuple(sorted((*a[1], *b[1])))
+
+
+def _products(shape: Shape, axes: list[int]) -> dict[Monomial, int]:
+    """Product of the first n axes -> n."""
+    total: Monomial = (1, ())
+    found = {total: 0}
+    for count, axis in enumerate(axes, 1):
+        total = _times(total, _monomial(shape[axis]))
+        found[total] = count
+    return found
+
+
+def blocks(source: Shape, target: Shape) -> list[Block] | None:
+    """The finest pairs of runs of axes with the same elements, axes of size 1 left out; None where an axis is empty.
+
+    Both shapes hold the same number of elements in the same order. So wherever products of leading axes are equal, the rest are
+    equal too; the same holds from the right, which is what helps where a leading size is not known.
+    """
+    if 0 in source or 0 in target:
+        return None
+    left, right = ([i for i, size in enumerate(s) if size != 1] for s in (source, target))
+    heads, others = _products(source, left), _products(target, right)
+    cuts = {(heads[p], others[p]) for p in heads.keys() & others.keys()}
+    tails, others = _products(source, left[::-1]), _products(target, right[::-1])
+    cuts |= {(len(left) - tails[p], len(right) - others[p]) for p in tails.keys() & others.keys()}
+    cuts |= {(0, 0), (len(left), len(right))}
+    ordered = sorted(cuts)
+    if any(b[1] < a[1] for a, b in zip(ordered, ordered[1:], strict=False)):
+        return None
+    return [(left[a[0] : b[0]], right[a[1] : b[1]]) for a, b in zip(ordered, ordered[1:], strict=False)]
+
+
+@rule("Reshape", "Flatten")
+def reshape(site: Site) -> Result:
+    """Axes are matched by equal products; one axis that meets several is a fold, decided at the end (`dim_folds`)."""
+    x, source, target = site.axes(), site.shape(), site.out_shape()
+    found = blocks(source, target) if source is not None else None
+    if found is None:
+        raise PinError("Reshape of an empty tensor")
+    y: Axes = [ONE] * len(target)
+    for mine, theirs in found:
+        made = _block(site, [x[i] for i in mine], [target[i] for i in theirs], [source[i] for i in mine] if source else [])
+        for axis, labels in zip(theirs, made, strict=True):
+            y[axis] = labels
+    return [y]
+
+
+def _block(site: Site, xs: Axes, sizes: list[Dim], source: list[Dim]) -> Axes:
+    known = [s for s in sizes if isinstance(s, int)]
+    if len(xs) == len(sizes) == 1:
+        return xs
+    if len(known) < len(sizes) or not all(isinstance(s, int) for s in source):
+        return _stuck(site, xs, sizes, "Reshape mixes axes of unknown size")
+    if len(xs) == 1:
+        return _unfold(site, xs[0], known)
+    if len(sizes) == 1:
+        return [_fold(site, xs)]
+    return _stuck(site, xs, sizes, "Reshape mixes several axes into several others")
+
+
+def _stuck(site: Site, xs: Axes, sizes: list[Dim], reason: str) -> Axes:
+    site.pin_axes(xs, reason)
+    return [site.pinned(size, reason) for size in sizes]
+
+
+def _unfold(site: Site, whole: Labels, sizes: list[int]) -> Axes:
+    """C -> (H, D)."""
+    classes = site.dims.classes
+    if classes.is_pinned(whole):
+        classes.union(whole, whole[:1])
+        return [np.broadcast_to(whole[:1], size) for size in sizes]
+    parts = tuple(classes.fresh(size) for size in sizes)
+    site.dims.folds.append(Fold(whole, parts, site.node.name))
+    return list(parts)
+
+
+def _fold(site: Site, parts: Axes) -> Labels:
+    """(H, D) -> C. With one part free the labels of C are its labels, repeated."""
+    classes, sizes = site.dims.classes, [part.size for part in parts]
+    free = [i for i, part in enumerate(parts) if not classes.is_pinned(part)]
+    if not free:
+        return np.broadcast_to(parts[0][:1], prod(sizes))
+    if len(free) == 1:
+        shape = [1] * len(sizes)
+        shape[free[0]] = sizes[free[0]]
+        return np.broadcast_to(parts[free[0]].reshape(shape), sizes).reshape(-1)
+    if prod(sizes) > MAX_FOLD:
+        reason = "Reshape folds several free axes that are too large to follow"
+        site.pin_axes(parts, reason)
+        return site.pinned(prod(sizes), reason)
+    whole = classes.fresh(prod(sizes))
+    site.dims.folds.append(Fold(whole, tuple(parts), site.node.name))
+    return whole
+
+
+@rule("Squeeze")
+def squeeze(site: Site) -> Result:
+    """Axes of size 1 go: the named ones, or all."""
+    x, shape, axes = site.axes(), site.shape() or (), site.ints("axes", 1)
+    if axes is None and (site.has(1) or not all(isinstance(size, int) for size in shape)):
+        raise PinError("the axes to squeeze are not known")
+    gone = {a % len(x) for a in axes} if axes is not None else {i for i, size in enumerate(shape) if size == 1}
+    site.pin_axes([x[i] for i in gone], "squeezed, so it has size 1")
+    return [[labels for i, labels in enumerate(x) if i not in gone]]
+
+
+@rule("Unsqueeze")
+def unsqueeze(site: Site) -> Result:
+    """New axes of size 1."""
+    x, axes = iter(site.axes()), site.ints("axes", 1)
+    if axes is None:
+        raise PinError("the axes to unsqueeze are not known")
+    rank = len(site.axes()) + len(axes)
+    new = {a % rank for a in axes}
+    return [[ONE if i in new else next(x) for i in range(rank)]]
