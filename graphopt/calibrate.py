@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 
 from graphopt.data import Dataset
-from graphopt.errors import ModelError
+from graphopt.errors import DataError, ModelError
 from graphopt.feeds import Feed, fixed_batch, padded, row_count
-from graphopt.observers import HISTOGRAM_METHODS, Statistics, merge_all, observe
+from graphopt.observers import HISTOGRAM_METHODS, Statistics, merge, observe
 from graphopt.runtime import run, session
 
 Progress = Callable[[str, int, int], None]  # what, rows done, rows in all (0 where unknown)
@@ -32,6 +32,7 @@ class _Observer:
     fed: tuple[str, ...]  # observed tensors that are inputs
     fixed: int | None  # the model's fixed batch
     histogram: bool
+    drop_nonfinite: bool
 
     def values(self, feed: Feed) -> dict[str, np.ndarray]:
         """The observed tensors of a feed, padded where the batch is fixed."""
@@ -58,7 +59,11 @@ class _Observer:
             else:  # rows cannot be told apart
                 mine = 1
             where = f"calibrate: tensor '{name}'"
-            statistics[name] = observe(value, rows=mine, histogram=self.histogram, where=where, first_row=first_row)
+            try:
+                statistics[name] = observe(value, rows=mine, histogram=self.histogram, where=where, first_row=first_row)
+            except DataError:
+                if not self.drop_nonfinite:
+                    raise
         return statistics
 
 
@@ -70,6 +75,7 @@ def calibrate(
     method: str = "minmax",
     batch: int | None = None,
     threads: int | None = None,
+    drop_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Statistics]:
     """Statistics of float tensors of the main graph over all rows of the dataset, in the order of `tensors`.
@@ -77,7 +83,8 @@ def calibrate(
     The tensors become outputs of the model, which runs with onnxruntime's usual optimisations. Each of `threads` workers (default:
     one a CPU) runs batches of its own; statistics merge exactly, so the result does not depend on threads or batches. `batch`
     defaults to as many rows as keep a worker's observed activations under 32 MB, measured on the first row.
-    A histogram is kept where the method needs one. Raises DataError for data that does not fit, or that makes NaN or Inf (naming
+    A histogram is kept where the method needs one. `drop_nonfinite` leaves out tensors that ever hold NaN or Inf (attention
+    masks add -Inf on purpose) instead of raising. Raises DataError for data that does not fit, or that makes NaN or Inf (naming
     tensor and row), and ModelError for a tensor that the graph does not compute, or one that is not float.
     """
     names = tuple(dict.fromkeys(tensors))
@@ -85,18 +92,20 @@ def calibrate(
         return {}
     fed = tuple(name for name in names if name in {spec.name for spec in dataset.inputs})
     computed = tuple(name for name in names if name not in fed)
-    observer = _Observer(_runner(model, computed), computed, fed, fixed_batch(dataset.inputs), method in HISTOGRAM_METHODS)
+    observer = _Observer(
+        _runner(model, computed), computed, fed, fixed_batch(dataset.inputs), method in HISTOGRAM_METHODS, drop_nonfinite
+    )
     if batch is None:
         batch = _batch(observer, dataset, one_row=method == "moving-average")
     workers = threads or os.cpu_count() or 1
     done, total = 0, dataset.rows or 0
-    merged: dict[str, Statistics] = {}
+    merged = dict.fromkeys(names, Statistics())
     for rows, statistics in _observed(observer, dataset.batches(batch), workers):
-        merged = merge_all([merged, statistics] if merged else [statistics])
+        merged = {name: merge(merged[name], found) for name, found in statistics.items() if name in merged}
         done += rows
         if progress is not None:
             progress("calibrate", done, total)
-    return {name: merged[name] for name in names}
+    return {name: merged[name] for name in names if name in merged}
 
 
 def _observed(observer: _Observer, feeds: Iterator[Feed], workers: int) -> Iterator[tuple[int, dict[str, Statistics]]]:

@@ -45,7 +45,7 @@ def input_specs(model: onnx.ModelProto) -> tuple[InputSpec, ...]:
         if not tensor.elem_type:
             kind = value.type.WhichOneof("value") or "no type"
             raise DataError(f"input '{value.name}' is not a tensor ({kind}): it cannot be fed from arrays")
-        dims = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+        dims = tuple(d.dim_value if d.dim_value > 0 else d.dim_param or None for d in tensor.shape.dim)  # some exporters write -1
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
         specs.append(InputSpec(value.name, dtype, dims if tensor.HasField("shape") else None))
     return tuple(specs)

@@ -101,6 +101,9 @@ def observe(values: np.ndarray, *, rows: int = 1, histogram: bool = False, where
 
 def merge(first: Statistics, second: Statistics) -> Statistics:
     """The statistics of both sets of rows together; associative and commutative, exactly."""
+    for empty, other in ((first, second), (second, first)):
+        if not empty.elements:
+            return other
     exponent = max(first.exponent, second.exponent)
     counts = None
     if first.counts is not None and second.counts is not None:

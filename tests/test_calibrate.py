@@ -111,6 +111,15 @@ def test_nan_names_tensor_and_row(method: str) -> None:
             calibrate(model(), dataset({"x": positive}), ["y", "root"], method=method, batch=batch)
 
 
+def test_tensors_that_are_not_finite_may_be_left_out() -> None:
+    positive = np.abs(ROWS)
+    positive[17, 1, 1] = -1
+    found = calibrate(model(), dataset({"x": positive}), ["root", "y"], batch=2, drop_nonfinite=True)
+    assert list(found) == ["y"]
+    assert found["y"].rows == len(ROWS)
+    assert calibrate(model(), dataset({"x": positive}), ["root"], drop_nonfinite=True) == {}
+
+
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [

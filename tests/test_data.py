@@ -276,12 +276,22 @@ def test_reading_holds_no_more_than_two_batches(write: Any, tmp_path: Path) -> N
     assert peak < 3.5e6  # 1 MB of file at a time on its way through zipfile, and the batches
 
 
+def test_feeds_whose_first_axes_are_not_rows_pass_unchanged() -> None:
+    inputs = (InputSpec("x", F32, ("N", 4)), InputSpec("state", F32, (2, "N", 3)))
+    feeds = [{"x": np.ones((5, 4), np.float32), "state": np.ones((2, 5, 3), np.float32)}] * 2
+    for dataset in (open_dataset(feeds, inputs), generated(inputs, 4)):
+        shapes = {feed["state"].shape[0] for feed in dataset.batches(1)}
+        assert shapes == {2}
+    assert [len(feed["x"]) for feed in open_dataset(feeds, inputs).batches(1)] == [5, 5]
+
+
 def test_input_specs_leave_initializers_out() -> None:
     model = onnx.parser.parse_model(
-        '<ir_version: 8, opset_import: ["" : 17]> g (float[N,3] x, int64 k, float[3] w) => (float[N,3] y)'
-        "<float[3] w = {1,2,3}> { y = Add(x, w) }"
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N,3,?,2] x, int64 k, float[2] w) => (float[N,3,?,2] y)'
+        "<float[2] w = {1,2}> { y = Add(x, w) }"
     )
-    assert input_specs(model) == (InputSpec("x", F32, ("N", 3)), InputSpec("k", I64, ()))
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = -1  # PaddlePaddle's exporter writes dynamic axes so
+    assert input_specs(model) == (InputSpec("x", F32, ("N", None, None, 2)), InputSpec("k", I64, ()))
 
 
 def test_padding_repeats_the_last_row() -> None:
