@@ -42,20 +42,19 @@ class Candidate:
 Plan = tuple[int, ...]  # units removed, by candidate
 
 
-def candidate(
-    score: np.ndarray, holds: Mapping[Axis, np.ndarray], *, step: int = 1, minimum: int = 1, weight: float = 1.0
-) -> Candidate:
+def candidate(score: np.ndarray, holds: Mapping[Axis, np.ndarray], *, step: int = 1, minimum: int = 1) -> Candidate:
     """Order the units by score, ties by position; `holds[axis]`: how many indices of the axis each unit has.
 
-    Priorities are the energy of a unit relative to what is left of the group once all weaker ones are gone (LAMP, Lee et al. 2021,
-    arXiv:2010.07611): the last unit has 1, so that no group empties before others. `weight` divides them: what a unit frees.
+    The priority of a unit is its energy relative to what is left of the group once all weaker ones are gone (LAMP, Lee et al. 2021,
+    arXiv:2010.07611). The last unit has 1, so no group empties before others; dead units have 0. Dividing by the MACs a unit frees,
+    and scores divided by the group's mean instead, were measured on three networks and gained nothing.
     """
     order = np.argsort(score, kind="stable")
     energy = np.square(np.asarray(score, np.float64)[order])
     rest = np.cumsum(energy[::-1])[::-1]
     share = np.divide(energy, rest, out=np.zeros_like(energy), where=rest > 0)
     lost = {axis: np.concatenate([[0], np.cumsum(counts[order])]) for axis, counts in holds.items()}
-    return Candidate(order, np.maximum.accumulate(share / weight), lost, step, minimum)
+    return Candidate(order, np.maximum.accumulate(share), lost, step, minimum)
 
 
 @dataclass(frozen=True)

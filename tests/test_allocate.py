@@ -11,8 +11,8 @@ from graphopt.allocate import Candidate, by_budget, by_ratio, candidate, meter
 from graphopt.cost import Term
 
 
-def group(score: list[float], name: str = "w", *, step: int = 1, minimum: int = 1, weight: float = 1.0) -> Candidate:
-    return candidate(np.array(score), {(name, 0): np.ones(len(score), int)}, step=step, minimum=minimum, weight=weight)
+def group(score: list[float], name: str = "w", *, step: int = 1, minimum: int = 1) -> Candidate:
+    return candidate(np.array(score), {(name, 0): np.ones(len(score), int)}, step=step, minimum=minimum)
 
 
 @pytest.mark.parametrize(
@@ -44,11 +44,6 @@ def test_no_group_is_emptied_by_a_global_ranking() -> None:
 
 def test_dead_units_go_before_all_others() -> None:
     assert by_ratio([group([0, 0, 5, 5], "a"), group([1, 1, 1, 1], "b")], 0.25, scope="global") == (2, 0)
-
-
-def test_units_that_free_more_go_first() -> None:
-    cheap, dear = group([1] * 8, "a", weight=1), group([1] * 8, "b", weight=4)
-    assert by_ratio([cheap, dear], 0.25, scope="global") == (0, 4)
 
 
 TERMS = [Term((("a", 0), ("b", 0)), 3), Term((("b", 0), ("k", 0))), Term((("k", 0),))]
