@@ -202,8 +202,9 @@ def _direct(site: Site, key: str) -> list[Typed] | None:
     if not site.has(0) or site.node.inputs[0].name in site.known.types:
         return None
     first = site.known.dtypes.get(site.node.inputs[0].name)
-    if key in SAME:
-        return [(first, same(site)[0])]
+    if key in SAME or key == "Range":  # ONNX refuses ranges of 1-element tensors, which runtimes and its own functions use
+        rule = same if key in SAME else SHAPE_RULES[key]
+        return [(first, (_guarded(rule, site) or [None])[0])]
     if key in BROADCAST or key in COMPARE:
         shape = broadcast_all(site.shape(i) for i in range(len(site.node.inputs)))
         return [(np.dtype(bool) if key in COMPARE else first, shape)]

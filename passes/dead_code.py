@@ -8,9 +8,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.context import Context
-from graphopt.edit import remove_nodes, set_output
+from graphopt.edit import set_output
+from graphopt.liveness import remove_dead
 from graphopt.model import Model
-from graphopt.proto import subgraphs
 from graphopt.registry import register
 
 # their optional outputs are not free to choose: onnxruntime's kernel writes them all in training mode
@@ -24,27 +24,9 @@ def dead_code(model: Model, context: Context) -> int:
     All ONNX operators are free of side effects, so a node whose results nobody reads changes nothing (ONNX IR spec, 'Graphs').
     Weights that only dead nodes read disappear with them. Linear in the size of the graph, whatever the order of the nodes.
     """
-    alive = _alive(model.graph)
-    changes = 0
-    for graph in model.graphs():
-        dead = [n for n in graph.nodes if id(n) not in alive]
-        changes += remove_nodes(graph, dead) if dead else 0
+    changes = remove_dead(model)
     outputs = model.wiring().outputs
     return changes + sum(_blank_unused(node, outputs, model.opset) for node in model.nodes())
-
-
-def _alive(graph: gs.Graph) -> set[int]:
-    """id() of every node that the graph's outputs depend on; a live node's bodies depend on what their outputs do."""
-    alive: set[int] = set()
-    pending: list[gs.Tensor] = list(graph.outputs)
-    while pending:
-        for node in pending.pop().inputs:
-            if id(node) not in alive:
-                alive.add(id(node))
-                pending.extend(node.inputs)
-                for body in subgraphs(node):
-                    pending.extend(body.outputs)
-    return alive
 
 
 def _blank_unused(node: gs.Node, outputs: frozenset[int], opset: int) -> int:

@@ -12,6 +12,7 @@ from graphopt.attributes import attribute, op_key
 from graphopt.context import Context
 from graphopt.edit import constant_value, remove_nodes, replace_uses, set_input, set_output
 from graphopt.folding import evaluate, nbytes
+from graphopt.liveness import remove_dead
 from graphopt.model import Model
 from graphopt.proto import subgraphs
 from graphopt.registry import register
@@ -52,6 +53,7 @@ def fold_constants(model: Model, context: Context, *, max_bytes: int = 1 << 20) 
         opened = _fold_nodes(model, known, context, max_bytes) + _inline_branches(model)
         changes += changed + opened
         if changed or opened:
+            remove_dead(model)  # what was folded need not fit the constants it now reads
             context.drop()
             model.sort()
         if not opened:
