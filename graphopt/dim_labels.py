@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,7 +60,7 @@ class Classes:
 
     def find(self, labels: Labels) -> Labels:
         """The root of each label; paths are shortened on the way."""
-        roots = self._parent[labels]
+        roots: np.ndarray = self._parent[labels]
         while True:
             higher = self._parent[roots]
             if np.array_equal(higher, roots):
@@ -97,7 +96,8 @@ class Classes:
 
     def cause(self, labels: Labels) -> np.ndarray:
         """Index into `causes` for each label; FREE where it is not pinned."""
-        return self._cause[self.find(labels)]
+        cause: np.ndarray = self._cause[self.find(labels)]
+        return cause
 
     def roots(self) -> np.ndarray:
         """By label: the root of its class, 0 where pinned."""

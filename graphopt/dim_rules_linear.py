@@ -70,10 +70,10 @@ def _bias(site: Site, index: int, labels: Labels) -> None:
 
 @rule("Conv")
 def conv(site: Site) -> Result:
-    """[N, C, ...] with weights [M, C/group, ...]. With several groups each loses the same offsets; depthwise, a channel goes whole."""
+    """[N, C, ...] with weights [M, C/group, ...]. Several groups lose the same offsets; depthwise, a channel goes whole."""
     x, w, groups = site.axes(), _kernel(site), int(site.attr("group") or 1)
-    inner, outer = site.shape(1)[1::-1] if site.shape(1) else (None, None)  # type: ignore[index]
-    if not isinstance(inner, int) or not isinstance(outer, int) or x[1].size not in (1, groups * inner):
+    inner = (site.shape(1) or ())[1]
+    if not isinstance(inner, int) or x[1].size not in (1, groups * inner):
         raise PinError("the number of channels is not known")
     _contract_groups(site, x[1], w, groups, inner)
     _bias(site, 2, w[0])

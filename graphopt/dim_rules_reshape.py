@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -53,9 +54,9 @@ def blocks(source: Shape, target: Shape) -> list[Block] | None:
     cuts |= {(len(left) - tails[p], len(right) - others[p]) for p in tails.keys() & others.keys()}
     cuts |= {(0, 0), (len(left), len(right))}
     ordered = sorted(cuts)
-    if any(b[1] < a[1] for a, b in zip(ordered, ordered[1:], strict=False)):
+    if any(b[1] < a[1] for a, b in pairwise(ordered)):
         return None
-    return [(left[a[0] : b[0]], right[a[1] : b[1]]) for a, b in zip(ordered, ordered[1:], strict=False)]
+    return [(left[a[0] : b[0]], right[a[1] : b[1]]) for a, b in pairwise(ordered)]
 
 
 @rule("Reshape", "Flatten")

@@ -166,9 +166,9 @@ def groups(model: Model, dims: Dims) -> list[Group]:
     of_group: dict[int, list[int]] = {}
     for unit in units.tolist():
         of_group.setdefault(int(signature[unit]), []).append(unit)
-    found = {s: (np.array(u), list[Slice](), list[Slice]()) for s, u in of_group.items() if len(u) > 1}
+    found = {s: (list[Slice](), list[Slice]()) for s, u in of_group.items() if len(u) > 1}
     for place, mine in zip(places, members, strict=True):
         for key in np.unique(signature[mine]).tolist():
             if key in found:
-                found[key][1 if place.tensor in constants else 2].append(place)
-    return [Group(i, u, tuple(s), tuple(a)) for i, (u, s, a) in enumerate(found.values())]
+                found[key][0 if place.tensor in constants else 1].append(place)
+    return [Group(i, np.array(of_group[s]), *map(tuple, held)) for i, (s, held) in enumerate(found.items())]

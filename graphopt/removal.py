@@ -24,9 +24,9 @@ NEVER_ZEROED = {("Div", 1), ("Mod", 1), ("Pow", 1), ("BatchNormalization", 4), (
 def remove(model: Model, dims: Dims, labels: Collection[int] | np.ndarray) -> int:
     """Remove the classes of these root labels (`Group.units`); returns the number of constants sliced.
 
-    `dims` must be `couple(model)` of the model as it is, and is stale afterwards. At least one unit of each group must stay. Shapes of
-    intermediate tensors follow; nodes that only computed a size that is now constant are left dead. Raises ModelError where a
-    label is pinned or a tensor would become empty.
+    `dims` must be `couple(model)` of the model as it is, and is stale afterwards. At least one unit of each group must stay.
+    Shapes of intermediate tensors follow; nodes that only computed a size that is now constant are left dead. Raises ModelError
+    where a label is pinned or a tensor would become empty.
     """
     kept = _kept(dims, labels)
     if not kept:

@@ -38,7 +38,7 @@ class Cut:
 
     def shape(self, tensor: gs.Tensor) -> Shape:
         """The shape before."""
-        return self.dims.shapes.shape(tensor.name) or ()
+        return self.dims.shapes.shape(tensor.name) or tuple(tensor.shape or ())
 
     def ints(self, node: gs.Node, name: str, index: int) -> list[int] | None:
         """A parameter by attribute or input; the rules have made sure that what matters here is known."""
@@ -54,8 +54,8 @@ class Cut:
             values = values.copy()
             values[list(new)] = list(new.values())
             return self.names.constant(sizes.name, values)
-        length = (self.dims.shapes.shape(sizes.name) or (max(new) + 1,))[0]
-        mask, replaced = np.zeros(int(length or 0), bool), np.zeros(int(length or 0), np.int64)
+        length = int(self.shape(sizes)[0] or 0)
+        mask, replaced = np.zeros(length, bool), np.zeros(length, np.int64)
         mask[list(new)], replaced[list(new)] = True, list(new.values())
         result = gs.Variable(self.names.fresh(sizes.name), np.dtype(np.int64), [len(mask)])
         inputs = [self.names.constant(f"{result.name}_mask", mask), self.names.constant(f"{result.name}_new", replaced), sizes]
@@ -92,17 +92,12 @@ def _target(index: int) -> Repair:
         if sizes is not None:
             set_input(node, index, cut.names.constant(node.inputs[index].name, np.array(sizes, np.int64)))
             return
-        offset = len(cut.shape(y)) - _length(cut, node.inputs[index])  # Expand aligns to the right
+        offset = len(cut.shape(y)) - int(cut.shape(node.inputs[index])[0] or 0)  # Expand aligns to the right
         new = {axis - offset: size for axis, size in new.items() if axis >= offset}
         if new:
             set_input(node, index, cut.corrected(node.inputs[index], new, node))
 
     return repair
-
-
-def _length(cut: Cut, sizes: gs.Tensor) -> int:
-    shape = cut.shape(sizes)
-    return int(shape[0] or 0) if shape else 0
 
 
 def _by_position(node: gs.Node, cut: Cut, new: Mapping[int, int]) -> list[int] | None:
