@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -36,11 +36,11 @@ class Affine:
     dtype: np.dtype
     bn: bool = False
 
-    @property
+    @cached_property
     def has_scale(self) -> bool:
         return bool((np.abs(self.scale - 1) > UNIT).any())
 
-    @property
+    @cached_property
     def has_shift(self) -> bool:
         return bool(self.shift.any())
 
@@ -156,7 +156,9 @@ def _quantised(node: gs.Node, slot: int) -> str | None:
     """Around quantised tensors a scale is part of what the runtime's kernels recognise."""
     x = node.inputs[slot]
     writer = x.inputs[0] if len(x.inputs) == 1 else None
-    if (writer is not None and writer.op == "DequantizeLinear") or any(n.op == "QuantizeLinear" for n in node.outputs[0].outputs):
+    if writer is not None and writer.op in ("DequantizeLinear", "DynamicQuantizeLinear"):
+        return "next to a quantised tensor"
+    if any(n.op == "QuantizeLinear" for n in node.outputs[0].outputs):
         return "next to a quantised tensor"
     if writer is not None and writer.op == "Cast" and isinstance(writer.inputs[0], gs.Constant):
         return "decodes a weight stored in a smaller type"

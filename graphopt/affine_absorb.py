@@ -72,7 +72,7 @@ def _conv_layout(w: np.ndarray, groups: int) -> np.ndarray:
 
 
 def _transpose_layout(w: np.ndarray, groups: int) -> np.ndarray:
-    return w.reshape(groups, w.shape[0] // groups, w.shape[1], -1).swapaxes(1, 2)
+    return np.swapaxes(w.reshape(groups, w.shape[0] // groups, w.shape[1], -1), 1, 2)
 
 
 def _convolution(layout: Layout, blocks_shift: Callable[[Site], bool], site: Site) -> Move | str:

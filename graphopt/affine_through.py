@@ -106,8 +106,8 @@ def _factors(site: Site) -> list[int]:
 
 
 def _best_factor(site: Site, candidates: list[tuple[int, Affine]]) -> Carried:
-    """Only one factor takes a scale: one that nothing else reads, and that something wrote."""
-    for i, moved in candidates:
+    """Only one factor takes a scale: a constant, or one that something wrote and nothing else reads."""
+    for i, moved in sorted(candidates, key=lambda c: not isinstance(site.node.inputs[c[0]], gs.Constant)):
         tensor = site.node.inputs[i]
         if len(site.scene.readers(tensor)) == 1 and (isinstance(tensor, gs.Constant) or tensor.inputs):
             return [(i, moved)]
