@@ -238,7 +238,7 @@ def _report(
         source=str(original.path) if original.path else None,
         source_sha256=_sha256(original.path) if original.path else None,
         target=settings.target,
-        pipeline=to_text(steps),
+        pipeline=settings.passes if isinstance(settings.passes, str) else to_text(steps),
         calibration=f"{calibration.where}, sha256 {calibration.digest()}" if calibration is not None else None,
         seconds=0.0,
         passes=passes,

@@ -90,7 +90,9 @@ def show_report(report: Report, *, verbose: bool) -> None:
         done: dict[str, int] = {}
         for row in report.passes:
             done[row.name] = done.get(row.name, 0) + row.changes
-        console.print("passes: " + ", ".join(f"{name} ({count})" for name, count in done.items()))
+        busy = ", ".join(f"{name} ({count} changes)" for name, count in done.items() if count)
+        idle = sum(not count for count in done.values())
+        console.print(f"passes: {busy or 'nothing to change'}" + (f"; {idle} others found nothing to do" if idle and busy else ""))
     console.print(figures_table("", ["original", "optimised"], [report.before, report.after]))
     if report.speedup is not None:
         console.print(f"speed: {report.speedup:.2f}x the original (median of paired runs)")
