@@ -15,7 +15,8 @@ class Preset:
 
 
 CLEANUP = (
-    "fold-constants, remove-noops, merge-reshapes, fuse-pads, common-subexpressions, merge-initializers, flush-denormals, dead-code"
+    "fold-constants, remove-noops, drop-defaults, merge-reshapes, fuse-pads, common-subexpressions, merge-initializers, "
+    "flush-denormals, dead-code"
 )
 
 PRESETS: dict[str, Preset] = {

@@ -19,6 +19,7 @@ ENTRY_POINTS = "graphopt.passes"
 BUILTIN = {
     "common-subexpressions": "graphopt.passes.common_subexpressions",
     "dead-code": "graphopt.passes.dead_code",
+    "drop-defaults": "graphopt.passes.drop_defaults",
     "flush-denormals": "graphopt.passes.flush_denormals",
     "fold-bn": "graphopt.passes.fold_bn",
     "fold-constants": "graphopt.passes.fold_constants",

@@ -85,7 +85,7 @@ def merge_into(kept: gs.Node, node: gs.Node, wiring: Wiring) -> bool:
     return True
 
 
-@register("common-subexpressions", exact=True)
+@register("common-subexpressions", exact=True, keeps={"shapes"})
 def common_subexpressions(model: Model, context: Context) -> int:
     """A node with the operator, attributes and inputs of an earlier one is removed; its readers read the earlier one.
 

@@ -302,7 +302,7 @@ NOOPS: dict[str, Rule] = {
 }
 
 
-@register("remove-noops", exact=True)
+@register("remove-noops", exact=True, keeps={"shapes"})
 def remove_noops(model: Model, context: Context) -> int:
     """Identity, Dropout and every node that provably changes nothing (NOOPS) is removed; its readers read its input.
 

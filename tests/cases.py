@@ -37,7 +37,8 @@ def _lines(graph: gs.Graph, names: dict[int, str]) -> list[str]:
     live = _live(graph)
     found = []
     for node in (n for n in graph.nodes if id(n) in live):
-        inputs = [_name(t, names) for t in node.inputs]
+        given = max((i for i, t in enumerate(node.inputs) if t.name), default=-1) + 1
+        inputs = [_name(t, names) for t in node.inputs[:given]]
         outputs = [_name(t, names) for t in node.outputs]
         plain = {k: _plain(v) for k, v in sorted(node.attrs.items()) if not isinstance(v, gs.Graph)}
         found.append(f"{', '.join(outputs)} = {node.op}({', '.join(inputs)})" + (f" {plain}" if plain else ""))
