@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from graphopt.targets import Target
 
 
-def _console(**options: Any) -> Console:
-    console = Console(highlight=False, soft_wrap=False, **options)
-    if not console.is_terminal:  # files and pipes get whole lines, not a guessed width
-        console = Console(highlight=False, width=160, **options)
-    return console
+def _console(*, wrap: bool = True) -> Console:
+    """Files and pipes get a fixed width, not that of a terminal they are not; without `wrap` lines stay whole."""
+    console = Console(highlight=False, soft_wrap=not wrap)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=not wrap, width=160)
 
 
 def _table(title: str, *columns: str, first: str = "") -> Table:
@@ -165,7 +164,7 @@ def show_differences(rows: Sequence[OutputDifference]) -> None:
 
 def show_diff(found: Diff) -> None:
     """Lines as in a unified diff."""
-    console = _console(soft_wrap=True)
+    console = _console(wrap=False)
     if not found:
         console.print("no difference in nodes, shapes or initializers")
     for node in found.removed:

@@ -139,7 +139,6 @@ def load_plugin(path: str | Path) -> list[str]:
     spec = importlib.util.spec_from_file_location(module_name, file)
     if spec is None or spec.loader is None:
         raise OptionError(f"plugin file {path} is not a Python file")
-    before = set(REGISTRY.passes)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:
@@ -148,7 +147,7 @@ def load_plugin(path: str | Path) -> list[str]:
         raise
     except Exception as error:  # somebody else's module: anything can happen in it
         raise OptionError(f"plugin file {path} cannot be loaded: {type(error).__name__}: {error}") from error
-    return sorted(set(REGISTRY.passes) - before)
+    return sorted(name for name, entry in REGISTRY.passes.items() if entry.fn.__module__ == module_name)
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
