@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -15,6 +15,17 @@ Run = Callable[..., "tuple[int, str, str]"]
 def digits() -> Path:
     """The folder of the shipped model (digits.onnx) and data (digits_calib.npz, digits_eval.npz)."""
     return Path(str(resources.files("graphopt") / "assets"))
+
+
+@pytest.fixture(autouse=True)
+def _registry() -> Iterator[None]:
+    """Whatever passes a test registers are gone after it."""
+    from graphopt.registry import REGISTRY
+
+    known = dict(REGISTRY.passes)
+    yield
+    REGISTRY.passes.clear()
+    REGISTRY.passes.update(known)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +68,7 @@ def remove_first(model: Model, context: Context) -> int:
 
 
 @pytest.fixture(autouse=True)
-def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    known = dict(REGISTRY.passes)
+def _passes(monkeypatch: pytest.MonkeyPatch) -> None:
     for entry in (
         Pass("drop-one", drop_one),
         Pass("late", drop_one, after=frozenset({"drop-one"})),
@@ -82,9 +80,6 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ):
         REGISTRY.passes[entry.name] = entry
     monkeypatch.setitem(presets.PRESETS, "until-done", presets.Preset("drop-one", "test", repeat=True))
-    yield
-    REGISTRY.passes.clear()
-    REGISTRY.passes.update(known)
 
 
 def test_options_are_typed_and_round_trip(tmp_path: Path) -> None:

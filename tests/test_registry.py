@@ -6,7 +6,6 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,17 +13,9 @@ import pytest
 from graphopt.errors import OptionError
 from graphopt.pipeline import parse
 from graphopt.presets import PRESETS
-from graphopt.registry import BUILTIN, REGISTRY, find, load_plugin
+from graphopt.registry import BUILTIN, find, load_plugin
 
 EXAMPLE = Path(__file__).parent / "plugin_example"
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    known = dict(REGISTRY.passes)
-    yield
-    REGISTRY.passes.clear()
-    REGISTRY.passes.update(known)
 
 
 @pytest.mark.parametrize("name", BUILTIN)
