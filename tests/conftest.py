@@ -20,12 +20,12 @@ def digits() -> Path:
 @pytest.fixture(autouse=True)
 def _registry() -> Iterator[None]:
     """Whatever passes a test registers are gone after it."""
-    from graphopt.registry import REGISTRY
+    from graphopt.registry import BUILTIN, REGISTRY
 
-    known = dict(REGISTRY.passes)
+    known = set(REGISTRY.passes)
     yield
-    REGISTRY.passes.clear()
-    REGISTRY.passes.update(known)
+    for name in set(REGISTRY.passes) - known - set(BUILTIN):
+        del REGISTRY.passes[name]
 
 
 @pytest.fixture

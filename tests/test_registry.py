@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +71,7 @@ def test_a_plugin_file_registers_its_passes() -> None:
 
 
 def test_a_plugin_package_is_found_by_its_entry_point(tmp_path: Path) -> None:
+    source = shutil.copytree(EXAMPLE, tmp_path / "source")  # building leaves files beside what it builds
     install = [
         sys.executable,
         "-m",
@@ -77,9 +80,9 @@ def test_a_plugin_package_is_found_by_its_entry_point(tmp_path: Path) -> None:
         "-q",
         "--no-deps",
         "--no-build-isolation",
-        "--target",
-        str(tmp_path),
-        str(EXAMPLE),
+        "-t",
+        str(tmp_path / "site"),
+        str(source),
     ]
     done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode and "setuptools" in done.stderr:
@@ -90,7 +93,11 @@ def test_a_plugin_package_is_found_by_its_entry_point(tmp_path: Path) -> None:
         "print(json.dumps([REGISTRY.names(), find('relu-to-relu6').summary()]))"
     )
     found = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(tmp_path), "PATH": ""}
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""},
     )
     names, summary = json.loads(found.stdout)
     assert "relu-to-relu6" in names
