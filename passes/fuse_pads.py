@@ -69,7 +69,8 @@ def read_padding(node: gs.Node, edit: Edit) -> Padding | None:
 def add_pads(node: gs.Node, padding: Padding) -> list[int]:
     """The window's own pads plus the Pad's."""
     extra = padding.spatial or []
-    own = node.attrs.get("pads") or [0] * len(extra)
+    automatic = node.attrs.get("auto_pad", "NOTSET") != "NOTSET"  # VALID: none of its own
+    own = [0] * len(extra) if automatic else node.attrs.get("pads") or [0] * len(extra)
     return [int(a + b) for a, b in zip(own, extra, strict=True)]
 
 

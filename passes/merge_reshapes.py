@@ -270,7 +270,8 @@ def merge_reshapes(model: Model, context: Context) -> int:
     """Chains of Reshape/Flatten/Squeeze/Unsqueeze, of Transpose, of Cast, of Slice and of Concat become one node each.
 
     Every node is rewired past its producer, which stays for its other readers and is dead otherwise; so the node count never
-    grows. Needs no data: the result is the same tensor, element by element. Casts are skipped only where they lose nothing.
+    grows. The result is the same tensor, element by element (a -1 takes no axis of a graph input to be empty, as fold-constants
+    does). Casts are skipped only where they lose nothing.
     """
     edit = Edit(context.get(shapes, model), model.opset, model.wiring(), Names(model), context.reject)
     changes = 0
