@@ -6,7 +6,7 @@ higher stays. Only order and ratios within a group matter: `graphopt.allocate` m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -54,12 +54,11 @@ def per_unit(group: Group, labels: np.ndarray, values: np.ndarray) -> np.ndarray
     return np.bincount(units[mine], weights=values[mine], minlength=len(group.units))
 
 
-def matrices(model: Model, group: Group) -> list[tuple[gs.Constant, Slice]]:
+def matrices(tensors: Mapping[str, gs.Tensor], group: Group) -> list[tuple[gs.Constant, Slice]]:
     """The slices of floating-point weights of at least two axes: where the units are written and read.
 
     Depthwise filters (few elements, whose size says little) and vectors count only where the group has nothing better.
     """
-    tensors = model.tensors()
     found = [(tensors[s.tensor], s) for s in group.slices if isinstance(tensors.get(s.tensor), gs.Constant)]
     floats = [(c, s) for c, s in found if np.dtype(c.dtype).kind == "f"]
     wide = [(c, s) for c, s in floats if len(c.shape) > 1]
@@ -81,10 +80,10 @@ def along(values: np.ndarray, axis: int, power: int) -> np.ndarray:
 
 def _magnitude(model: Model, groups: Sequence[Group], power: int) -> Scores:
     """Relative magnitudes, added over all tensors that hold the unit: each counts alike, whatever its scale."""
-    scores = []
+    scores, tensors = [], model.tensors()
     for group in groups:
         total = np.zeros(len(group.units))
-        for constant, part in matrices(model, group):
+        for constant, part in matrices(tensors, group):
             total += relative(per_unit(group, part.labels, along(constant.values, part.axis, power)))
         scores.append(total ** (1 / power))
     return scores
@@ -131,7 +130,8 @@ def activation(model: Model, context: Context, groups: Sequence[Group]) -> Score
 
     Groups that no Conv, ConvTranspose, Gemm, MatMul or recurrent op reads fall back on l2. Raises PassError without data.
     """
-    reads = [list(_reads(model, group)) for group in groups]
+    tensors = model.tensors()
+    reads = [list(_reads(tensors, group)) for group in groups]
     means = mean_magnitudes(model, context, {(tensor.name, axis) for found in reads for _, _, tensor, axis in found})
     scores = l2(model, context, groups)
     fallbacks = 0
@@ -159,9 +159,9 @@ READERS: dict[str, Callable[[gs.Node, int], tuple[int, int, int, int]]] = {
 }
 
 
-def _reads(model: Model, group: Group) -> Iterator[tuple[gs.Constant, Slice, gs.Tensor, int]]:
+def _reads(tensors: Mapping[str, gs.Tensor], group: Group) -> Iterator[tuple[gs.Constant, Slice, gs.Tensor, int]]:
     """The weights that read the group's units, with the tensor and axis they meet there."""
-    for constant, part in matrices(model, group):
+    for constant, part in matrices(tensors, group):
         for node in constant.outputs:
             if node.op in READERS and not node.domain:
                 data, weight, axis, met = READERS[node.op](node, len(constant.shape))
