@@ -73,19 +73,20 @@ class Classes:
         if a is b:
             return
         low, high = np.broadcast_arrays(self.find(a), self.find(b))
-        touched = np.unique(np.concatenate([low.ravel(), high.ravel()]))
+        touched = np.concatenate([low.ravel(), high.ravel()])
+        causes = self._cause[touched]
         while True:
             low, high = np.minimum(low, high), np.maximum(low, high)
             if np.array_equal(low, high):
                 break
             np.minimum.at(self._parent, high, low)
             low, high = self.find(low), self.find(high)
-        np.minimum.at(self._cause, self.find(touched), self._cause[touched])
+        np.minimum.at(self._cause, self.find(touched), causes)
 
     def pin(self, labels: Labels, reason: str, node: str) -> None:
         """The classes of these labels stay. Those pinned before keep their cause."""
         roots = self.find(labels)
-        free = np.unique(roots[self._cause[roots] == FREE])
+        free = roots[self._cause[roots] == FREE]
         if free.size:
             self._cause[free] = self._add_cause(reason, node)
 

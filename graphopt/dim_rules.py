@@ -7,7 +7,7 @@ go). What makes removal exact is told in docs/dimensions.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,15 @@ from graphopt.shapes import Shape
 Axes = list[Labels]
 
 
+# inputs whose zeros would make infinities or NaN, which no zero weight can undo; what they are there does not matter
+NEVER_ZEROED = {("Div", 1), ("Mod", 1), ("Pow", 1), ("BatchNormalization", 4), ("Reciprocal", 0), ("Log", 0)}
+
+
+def zeroable(constant: gs.Constant) -> bool:
+    """Whether `removal.zero` sets slices of it to zero."""
+    return not any((n.op, i) in NEVER_ZEROED for n in constant.outputs for i, t in enumerate(n.inputs) if t is constant)
+
+
 class PinError(Exception):
     """Nothing of the node's inputs and outputs may go; the text says why. Raised by rules, caught by `couple`."""
 
@@ -32,6 +41,7 @@ class Site:
     node: gs.Node
     dims: Dims
     opset: int
+    looked: set[int] = field(default_factory=set)  # inputs whose labels the rule took
 
     @property
     def op(self) -> str:
@@ -51,6 +61,7 @@ class Site:
     def axes(self, index: int = 0, *, fixed: Mapping[int, str] | None = None) -> Axes:
         """Labels of an input. `fixed`: axes that stay, with the reason; those of a constant then cost no labels of their own."""
         tensor = self.node.inputs[index]
+        self.looked.add(index)
         if tensor.name not in self.dims.axes:
             self.dims.axes[tensor.name] = self._first(tensor, fixed or {})
         axes = self.dims.axes[tensor.name]
@@ -112,7 +123,7 @@ class Site:
     def vanishes(self, index: int) -> bool:
         """Whether the input is exactly zero at every index that was zeroed: a constant, or computed from constants alone."""
         tensor = self.node.inputs[index]
-        return isinstance(tensor, gs.Constant) or tensor.name in self.dims.vanishing
+        return (isinstance(tensor, gs.Constant) and zeroable(tensor)) or tensor.name in self.dims.vanishing
 
 
 Result = Sequence[Axes | None]
@@ -187,14 +198,18 @@ def linear_scale(site: Site) -> Result:
     if site.attr("block_size"):
         raise PinError("scales by block")
     for index in (1, 2):
-        if site.has(index) and len(scales := site.axes(index)) == 1 and not is_one(scales[0]):
+        scales = site.axes(index) if site.has(index) else []
+        if len(scales) > 1:
+            raise PinError("scales by block")
+        if scales and not is_one(scales[0]):
             site.tie(x[site.attr("axis") % len(x)], scales[0])
     return [x]
 
 
 @rule("Shape")
 def shape(site: Site) -> Result:
-    """Whoever reads the sizes goes on reading those from before: see `removal`."""
+    """Whoever reads the sizes goes on reading those from before: see `repair_rules`."""
+    site.axes()
     return [None]
 
 

@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.dim_labels import ONE, Labels, is_one
 from graphopt.dim_rules import Axes, PinError, Result, Site, rule
+from graphopt.edit import constant_value
 from graphopt.operands import operand
 
 
@@ -85,13 +86,13 @@ def gather(site: Site) -> Result:
         raise PinError(f"rank of '{site.node.inputs[0].name}' is unknown")
     axis = int(site.attr("axis") or 0) % rank
     indices, picks = site.axes(1), site.node.inputs[1]
+    site.pin_axes(indices, "indices")
     if isinstance(picks, gs.Constant) and len(picks.shape) == 1 and isinstance((site.shape() or ())[axis], int):
         x = site.axes()
         return [[*x[:axis], x[axis][np.asarray(picks.values)], *x[axis + 1 :]]]
     x = site.axes(fixed={axis: "Gather addresses positions"})
     shape = site.out_shape()[axis : axis + len(indices)]
     middle = [site.pinned(size, "Gather addresses positions") for size in shape]
-    site.pin_axes(indices, "indices")
     return [[*x[:axis], *middle, *x[axis + 1 :]]]
 
 
@@ -156,16 +157,25 @@ def tile(site: Site) -> Result:
 def resize(site: Site) -> Result:
     """Axes that keep their size keep their labels."""
     x, before, after = site.axes(), site.shape() or (), site.out_shape()
-    axes = site.attr("axes")
-    same = [b == a and isinstance(a, int) for b, a in zip(before, after, strict=True)]
-    if axes is not None:
-        raise PinError("Resize of named axes")
+    if site.attr("axes") is not None or site.attr("coordinate_transformation_mode") == "tf_crop_and_resize":
+        raise PinError("Resize of named axes, or of crops")
+    scales = [1.0] * len(x) if site.has(3) else _scales(site)
+    if len(scales) != len(x):
+        raise PinError("the scales are not known")
     if site.has(3):
         _target(site, 3)
-    if site.attr("coordinate_transformation_mode") == "tf_crop_and_resize":
-        raise PinError("Resize crops at positions")
+    same = [b == a and s == 1 and isinstance(a, int) for b, a, s in zip(before, after, scales, strict=True)]
     site.pin_axes([a for a, s in zip(x, same, strict=True) if not s], "resized")
     return [[a if s else site.pinned(size, "resized") for a, s, size in zip(x, same, after, strict=True)]]
+
+
+def _scales(site: Site) -> list[float]:
+    """Where the sizes are not given. (A scale of 1.1 may leave a size as it is and move its elements all the same.)"""
+    if "scales" in site.node.attrs:
+        return [float(s) for s in site.node.attrs["scales"]]
+    index = 2 if site.node.op == "Resize" and site.opset > 10 else 1
+    scales = constant_value(site.node.inputs[index]) if site.has(index) else None
+    return [] if scales is None else [float(s) for s in np.ravel(scales)]
 
 
 @rule("DepthToSpace")

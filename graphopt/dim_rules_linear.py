@@ -134,8 +134,8 @@ def matmul(site: Site) -> Result:
 def batch_normalization(site: Site) -> Result:
     """With stored statistics every channel is on its own."""
     x = site.axes()
-    if site.attr("training_mode") or len(site.node.outputs) > 1:
-        raise PinError("BatchNormalization in training mode")
+    if site.attr("training_mode") or len(site.node.outputs) > 1 or site.attr("spatial") == 0:
+        raise PinError("BatchNormalization in training mode or for each pixel")
     for index in range(1, 5):
         _bias(site, index, x[1] if len(x) > 1 else ONE)
     return [x]
@@ -154,6 +154,8 @@ def recurrent(site: Site) -> Result:
     if site.attr("layout"):
         raise PinError("batch-first layout")
     w, r = site.axes(1), site.axes(2)
+    for index in [i for i in site.given() if i not in (0, 4)]:
+        site.pin(site.axes(index)[0], "directions")
     if not (site.vanishes(1) and site.vanishes(2)):
         raise PinError("recurrent weights are not constant")
     hidden = r[2]
@@ -166,6 +168,7 @@ def recurrent(site: Site) -> Result:
     for index in (5, 6):
         if site.has(index):
             site.tie(site.axes(index)[2], hidden)
+            site.tie(site.axes(index)[1], x[1])
     state = [w[0], x[1], hidden]
     return [[x[0], *state], state, state][: len(site.node.outputs)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphopt.dim_labels import ONE, is_one
-from graphopt.dim_rules import PinError, Result, Site, rule
+from graphopt.dim_rules import PinError, Result, Site, broadcast, rule
 from graphopt.dim_rules_linear import spatial
 
 REDUCTIONS = "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare"
@@ -79,9 +79,8 @@ def skip_layer_normalization(site: Site) -> Result:
     """Over the last axis of a sum."""
     x = site.axes()
     for index in site.given():
-        site.pin(site.axes(index)[-1], f"{site.node.op} over this axis")
-    for a, b in zip(x[:-1], site.axes(1)[:-1], strict=True) if len(site.axes(1)) == len(x) else []:
-        site.tie(a, b)
+        site.pin_axes(site.axes(index)[0 if index else -1 :], f"{site.node.op} over this axis")
+    broadcast(site, [x, site.axes(1)])
     return [x, *[None] * (len(site.node.outputs) - 1)]
 
 

@@ -65,21 +65,31 @@ def couple(model: Model) -> Dims:
 
 
 def _apply(node: gs.Node, dims: Dims, opset: int) -> None:
-    site, results = Site(node, dims, opset), list[Axes | None]()
+    site = Site(node, dims, opset)
     try:
-        if site.op not in DIM_RULES:
-            raise PinError(f"op '{site.op}' has no dimension rule")
-        results = list(DIM_RULES[site.op](site))
+        results = _results(site)
     except (PinError, IndexError, KeyError, TypeError, ValueError) as error:  # the latter from malformed nodes
-        reason = str(error) if isinstance(error, PinError) else f"{site.op} is not as its rule expects"
+        results, reason = [], str(error) if isinstance(error, PinError) else f"{site.op} is not as its rule expects"
         for tensor in (*node.inputs, *node.outputs, *_captured(node, dims)):
             if tensor.name:
                 dims.pin_tensor(tensor.name, reason, node.name)
+    for index in site.given():
+        if index not in site.looked:
+            dims.pin_tensor(node.inputs[index].name, f"a parameter of {site.op}", node.name)
     for tensor, axes in zip(node.outputs, results, strict=False):
         if tensor.name:
             _record(site, tensor.name, axes)
     if dim_rules_linear.vanishing(site):
         dims.vanishing.update(t.name for t in node.outputs)
+
+
+def _results(site: Site) -> list[Axes | None]:
+    if site.op not in DIM_RULES:
+        raise PinError(f"op '{site.op}' has no dimension rule")
+    results = list(DIM_RULES[site.op](site))
+    if any(t.name for t in site.node.outputs[len(results) :]):
+        raise PinError(f"{site.op} with several outputs")
+    return results
 
 
 def _captured(node: gs.Node, dims: Dims) -> list[gs.Tensor]:
@@ -147,7 +157,7 @@ def _explain(model: Model, dims: Dims) -> list[Pin]:
 def groups(model: Model, dims: Dims) -> list[Group]:
     """The removable units, those that lie in the same axes of the same tensors together; in order of their first constant.
 
-    Only units of at least one constant are found, and only groups of two units and more: one must stay.
+    Only units of both constants and activations are found, and only groups of two units and more: one must stay.
     """
     constants = {c.name for c in model.constants()}
     places = [
@@ -157,12 +167,12 @@ def groups(model: Model, dims: Dims) -> list[Group]:
         if roots.size > 1 and roots.strides != (0,) and roots.any()
     ]
     members = [np.unique(place.labels[place.labels > 0]) for place in places]
-    signature, weighted = np.zeros(dims.root_count(), np.uint64), np.zeros(dims.root_count(), bool)
+    signature, held = np.zeros(dims.root_count(), np.uint64), np.zeros((2, dims.root_count()), bool)
     draw = np.random.default_rng(0).integers(1, 2**63, len(places), dtype=np.uint64)
     for place, mine, number in zip(places, members, draw, strict=True):
         signature[mine] += number  # a set of places as the sum of their random numbers
-        weighted[mine] |= place.tensor in constants
-    units = np.flatnonzero(weighted)
+        held[int(place.tensor in constants), mine] = True
+    units = np.flatnonzero(held.all(axis=0))
     of_group: dict[int, list[int]] = {}
     for unit in units.tolist():
         of_group.setdefault(int(signature[unit]), []).append(unit)
@@ -171,4 +181,4 @@ def groups(model: Model, dims: Dims) -> list[Group]:
         for key in np.unique(signature[mine]).tolist():
             if key in found:
                 found[key][0 if place.tensor in constants else 1].append(place)
-    return [Group(i, np.array(of_group[s]), *map(tuple, held)) for i, (s, held) in enumerate(found.items())]
+    return [Group(i, np.array(of_group[s]), *map(tuple, lists)) for i, (s, lists) in enumerate(found.items())]

@@ -13,12 +13,10 @@ import onnx_graphsurgeon as gs
 
 from graphopt.attributes import op_key
 from graphopt.dim_labels import Dims
+from graphopt.dim_rules import zeroable
 from graphopt.errors import ModelError
 from graphopt.model import Model
 from graphopt.repair_rules import REPAIR, Cut
-
-# inputs whose zeros would make infinities or NaN, which no zero weight can undo; what they are there does not matter
-NEVER_ZEROED = {("Div", 1), ("Mod", 1), ("Pow", 1), ("BatchNormalization", 4), ("Reciprocal", 0), ("Log", 0)}
 
 
 def remove(model: Model, dims: Dims, labels: Collection[int] | np.ndarray) -> int:
@@ -57,7 +55,7 @@ def zero(model: Model, dims: Dims, labels: Collection[int] | np.ndarray) -> int:
     changed = 0
     kept = _kept(dims, labels)
     for constant in model.constants():
-        if constant.name not in kept or any((n.op, i) in NEVER_ZEROED for n, i in _uses(constant)):
+        if constant.name not in kept or not zeroable(constant):
             continue
         values = np.array(constant.values)
         for axis, mask in kept[constant.name].items():
@@ -65,10 +63,6 @@ def zero(model: Model, dims: Dims, labels: Collection[int] | np.ndarray) -> int:
         constant.values = values
         changed += 1
     return changed
-
-
-def _uses(constant: gs.Constant) -> list[tuple[gs.Node, int]]:
-    return [(node, i) for node in constant.outputs for i, tensor in enumerate(node.inputs) if tensor is constant]
 
 
 def _kept(dims: Dims, labels: Collection[int] | np.ndarray) -> dict[str, dict[int, np.ndarray]]:

@@ -122,7 +122,7 @@ def unequal(a: np.ndarray, b: np.ndarray, scale: float) -> str:
     if a.dtype.kind != "f":
         return "" if np.array_equal(a, b) else "integers differ"
     a, b = a.astype(np.float64), b.astype(np.float64)
-    if not np.array_equal(np.isfinite(a), np.isfinite(b)) or not np.isfinite(a).any():
+    if not np.array_equal(np.isfinite(a), np.isfinite(b)) or (a.size and not np.isfinite(a).any()):
         return "not finite"
     a, b = a[np.isfinite(a)], b[np.isfinite(a)]
     error, scale = float(np.abs(a - b).max(initial=0)), max(scale, magnitude(a))
