@@ -221,6 +221,7 @@ def run(model: Model, steps: Sequence[Step], context: Context, hooks: Sequence[H
                     f"{steps[start].group.split('/')[-1]}: stopped after {MAX_ROUNDS} rounds that each changed something"
                 )
         start = end
+        context.progress("passes", start, len(steps))
     return results
 
 
