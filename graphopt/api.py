@@ -52,7 +52,9 @@ class Settings:
         """The pipeline, parsed and checked."""
         if self.pipeline is not None and self.passes is not None:
             raise OptionError("give passes or a pipeline file, not both")
-        return from_toml(self.pipeline) if self.pipeline is not None else parse(self.passes or DEFAULT_PASSES)
+        if self.pipeline is not None:
+            return from_toml(self.pipeline)
+        return parse(DEFAULT_PASSES if self.passes is None else self.passes)
 
 
 @dataclass
@@ -141,6 +143,7 @@ def optimize(
 
 def optimize_with(source: str | Path | onnx.ModelProto | Model, settings: Settings) -> Result:
     """`optimize` with its arguments as one object."""
+    from graphopt.evaluate import check_evaluation
     from graphopt.targets import find_target
 
     began = time.perf_counter()
@@ -150,6 +153,8 @@ def optimize_with(source: str | Path | onnx.ModelProto | Model, settings: Settin
     work = _copy(source)
     calibration = _dataset(settings.calibration, original)
     evaluation = _dataset(settings.evaluation, original)
+    if evaluation is not None:
+        check_evaluation(evaluation, settings.metric)
     context = Context(calibration, target, settings.progress)
     start = figures(work, context)
     counter, failure, checked = _Costs(context, start), None, 0

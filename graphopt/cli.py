@@ -59,15 +59,10 @@ def optimize(
     from graphopt import emit
     from graphopt.api import optimize_with
 
-    if not model.is_file():
-        raise ModelError(f"no such file: {model}")
     target = output or emit.default_output(model)
     overwrite = bool(given.pop("overwrite"))
-    if target.exists() and target.samefile(model):
-        raise ModelError(f"the output {target} is the input; name another file with -o")
-    emit.check_target(target, overwrite=overwrite)
-    if report is not None:
-        emit.check_target(report, overwrite=overwrite)
+    inputs = [model, given["calib"], given["evaluation"], given["pipeline"], *given["plugin"]]
+    _check_outputs([target] if report is None else [target, report], [Path(i) for i in inputs if i], overwrite)
     with _progress(not quiet) as progress:
         settings = _settings(given, as_json or quiet, progress)
         result = optimize_with(model, settings)
@@ -78,6 +73,23 @@ def optimize(
         from graphopt.cli_render import show_report
 
         show_report(result.report, verbose=verbose)
+
+
+def _check_outputs(outputs: list[Path], inputs: list[Path], overwrite: bool) -> None:
+    """Find out before any work where something could not be written, or would replace what is read."""
+    from graphopt import emit
+
+    model = inputs[0]
+    if not model.is_file():
+        raise ModelError(f"{model} is a folder; name a model file" if model.is_dir() else f"no such file: {model}")
+    for path in (*outputs, emit.aside(outputs[0])):
+        same = next((i for i in inputs if path.exists() and i.exists() and path.samefile(i)), None)
+        if same is not None:
+            raise ModelError(f"the output {path} is the input {same}; name another output")
+    for path in outputs:
+        emit.check_target(path, overwrite=overwrite)
+    if len({p.resolve() for p in outputs}) < len(outputs):
+        raise ModelError(f"the model and its report would both be {outputs[0]}; name another file with --report")
 
 
 def _settings(given: dict[str, Any], to_stderr: bool, progress: Callable[[str, int, int], None]) -> Settings:
@@ -92,16 +104,7 @@ def _settings(given: dict[str, Any], to_stderr: bool, progress: Callable[[str, i
     passes = given["passes"]
     if given["preset"] is not None:
         passes = _preset(given["preset"])
-    hooks: list[Hook] = []
-    if given["print_after"]:
-        from graphopt.hooks import print_after
-
-        hooks.append(print_after(given["print_after"], lambda text: click.echo(text, err=to_stderr)))
-    if given["dump_after"]:
-        from graphopt.hooks import dump_after
-
-        hooks.append(dump_after(given["dump_after"]))
-    return Settings(
+    settings = Settings(
         passes=passes,
         pipeline=given["pipeline"],
         calibration=given["calib"],
@@ -110,9 +113,28 @@ def _settings(given: dict[str, Any], to_stderr: bool, progress: Callable[[str, i
         target=given["target"],
         check=given["check"],
         measure=given["measure"],
-        hooks=hooks,
         progress=progress,
     )
+    settings.hooks = _hooks(given["print_after"], given["dump_after"], to_stderr, [s.entry.name for s in settings.steps()])
+    return settings
+
+
+def _hooks(shown: str | None, folder: Path | None, to_stderr: bool, steps: list[str]) -> list[Hook]:
+    """Printing and dumping, where asked for."""
+    hooks: list[Hook] = []
+    if shown:
+        from graphopt.hooks import print_after
+
+        if shown not in ("all", *steps):
+            raise OptionError(
+                f"--print-after {shown}: no such pass in the pipeline; it has {', '.join(dict.fromkeys(steps))}, or give 'all'"
+            )
+        hooks.append(print_after(shown, lambda text: click.echo(text, err=to_stderr)))
+    if folder:
+        from graphopt.hooks import dump_after
+
+        hooks.append(dump_after(folder))
+    return hooks
 
 
 def _preset(name: str) -> str:
@@ -299,9 +321,9 @@ def _progress(shown: bool) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: user errors in one line on stderr with exit code 1, failed checks with 2, never a half-written file."""
-    verbose = "-v" in sys.argv or "--verbose" in sys.argv
+    given = sys.argv[1:] if arguments is None else arguments
+    verbose = "-v" in given or "--verbose" in given
     try:
-        given = sys.argv[1:] if arguments is None else arguments
         code = cli.main(given or ["--help"], prog_name="graphopt", standalone_mode=False)
     except GraphoptError as error:
         _fail(str(error), error.exit_code, verbose)
@@ -313,7 +335,10 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.exit(0)
     except MemoryError:
-        _fail("out of memory", 1, verbose)
+        _fail("out of memory; nothing was written", 1, verbose)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}{error.strerror or error}", 1, verbose)
     except Exception as error:  # a bug of ours: one line all the same, the traceback with -v
         _fail(f"internal error: {type(error).__name__}: {error}; run with -v for the traceback and report it", 1, verbose)
     sys.exit(code if isinstance(code, int) else 0)

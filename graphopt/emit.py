@@ -14,37 +14,47 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.errors import ModelError
-from graphopt.external import LIMIT, write_external
+from graphopt.external import LIMIT, locate, write_external
 from graphopt.model import SMALL, Model
-from graphopt.proto import encode_inline
+from graphopt.proto import Weights, encode_inline
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
     """Raise before any work where the result could not be written: it exists, or its folder does not or is not writable."""
-    if path.exists() and not overwrite:
-        raise ModelError(f"{path} exists; give --overwrite (overwrite=True) or another name with -o")
+    try:
+        found = os.path.exists(path) or os.lstat(path) is not None
+    except FileNotFoundError:
+        found = False
+    except (OSError, ValueError) as error:  # the name is too long, or holds what names cannot
+        raise ModelError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     if path.is_dir():
         raise ModelError(f"{path} is a folder; name a file")
+    if path.exists() and not path.is_file():  # a device or pipe: renaming over it would replace it
+        raise ModelError(f"{path} is not a regular file; name another")
+    if found and not overwrite:
+        raise ModelError(f"{path} exists; give --overwrite (overwrite=True) or another name")
     folder = path.parent
     if not folder.is_dir():
         raise ModelError(f"cannot write {path}: the folder {folder} does not exist")
-    if not os.access(folder, os.W_OK):
-        raise ModelError(f"cannot write {path}: the folder {folder} is not writable")
+    try:  # the one sure way to know
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ModelError(f"cannot write {path}: the folder {folder} is not writable ({error.strerror})") from error
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that becomes `path` only if the block ends without an error; nothing is left behind otherwise."""
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=".graphopt-", suffix=".tmp", dir=path.parent)
     except OSError as error:
         raise ModelError(f"cannot write {path}: {error.strerror}") from error
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            _flush(file)
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
@@ -55,6 +65,11 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _flush(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def save(model: Model, path: str | Path, *, overwrite: bool = False, external: bool | None = None) -> list[Path]:
@@ -71,9 +86,10 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False, external: b
         write_bytes(target, serialized(model.proto()))
         return [target]
     data = target.with_name(target.name + ".data")
-    if data.exists() and not overwrite:
-        raise ModelError(f"{data} exists; give --overwrite (overwrite=True) or another name with -o")
-    with atomic(data) as weights:
+    check_target(data, overwrite=overwrite)
+    if data.exists() and any(data.samefile(f) for f in _sources(model)):
+        raise ModelError(f"{data} holds the weights of the model that is read; give the output another name")
+    with atomic(target) as main, atomic(data) as weights:
 
         def encode(constant: gs.Constant) -> onnx.TensorProto:
             if np.prod(constant.shape, dtype=np.int64) <= SMALL or np.dtype(constant.dtype).kind not in "biufc":
@@ -83,9 +99,17 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False, external: b
             return write_external(constant.name, values, weights, data.name)
 
         proto = model.encoded(encode)
-        content = serialized(proto)
-    write_bytes(target, content)
+        main.write(serialized(proto))
+        _flush(main)  # before the weights are renamed: a full disk leaves both files as they were
     return [target, data]
+
+
+def _sources(model: Model) -> set[Path]:
+    """The external files that weights are still read from."""
+    lazy = [c._values.tensor for c in model.constants() if isinstance(c._values, Weights)]
+    external = [t for t in lazy if isinstance(t, onnx.TensorProto) and t.data_location == onnx.TensorProto.EXTERNAL]
+    folder = model.path.parent if model.path else None
+    return {locate(t, folder)[0] for t in external}
 
 
 def serialized(proto: onnx.ModelProto) -> bytes:

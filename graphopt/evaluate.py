@@ -72,9 +72,16 @@ def metric(name: str) -> Metric:
         raise OptionError(f"unknown metric '{name}'; {suggest(name, METRICS)}, or module:function")
     try:
         found: Metric = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # somebody else's module: anything can happen in it
         raise OptionError(f"metric '{name}' cannot be loaded: {error}") from error
     return found
+
+
+def check_evaluation(dataset: Dataset, name: str) -> None:
+    """Raise OptionError for an unknown metric and DataError for rows without labels, before any work."""
+    metric(name)
+    if dataset.rows is not None and dataset.labels is None:
+        raise DataError(f"{dataset.where} has no 'labels'; add them to the .npz, or leave --eval out")
 
 
 def score(runner: Any, dataset: Dataset, name: str, *, batch: int = 16, progress: Progress | None = None) -> np.ndarray:

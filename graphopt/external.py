@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +15,35 @@ from graphopt.errors import ModelError
 
 ALIGN = 4096  # onnxruntime maps external weights; its writer aligns to a page too
 LIMIT = 1_900_000_000  # protobuf refuses messages of 2 GiB; leave room for the graph itself
+_COMPLEX = (TensorProto.COMPLEX64, TensorProto.COMPLEX128)  # their real and imaginary parts are values of their own
+
+
+def check_tensor(tensor: TensorProto, base_dir: Path | None) -> None:
+    """Raise ModelError unless the tensor holds as many values as its dims say, inside or in its external file; reads none."""
+    name = tensor.name
+    if tensor.data_type not in _known_types():
+        raise ModelError(f"initializer '{name}': unknown data type {tensor.data_type}")
+    if any(d < 0 for d in tensor.dims):
+        raise ModelError(f"initializer '{name}': shape {list(tensor.dims)} has a negative size")
+    if tensor.data_location == TensorProto.EXTERNAL:
+        locate(tensor, base_dir)
+        return
+    count, stored = math.prod(tensor.dims), helper.tensor_dtype_to_field(tensor.data_type)
+    packed = (count * _bits(tensor.data_type) + 7) // 8
+    if tensor.HasField("raw_data") and stored != "string_data":
+        found, expected, unit = len(tensor.raw_data), packed, "bytes"
+    else:
+        found, unit = len(getattr(tensor, stored)), f"values in {stored}"
+        expected = packed if _bits(tensor.data_type) < 8 else count * (2 if tensor.data_type in _COMPLEX else 1)
+    if found != expected:
+        raise ModelError(
+            f"initializer '{name}': shape {list(tensor.dims)} needs {expected} {unit}, found {found}; is the file complete?"
+        )
+
+
+@functools.cache
+def _known_types() -> frozenset[int]:
+    return frozenset(helper.get_all_tensor_dtypes())
 
 
 def load_tensor(tensor: TensorProto, base_dir: Path | None) -> np.ndarray:
@@ -44,22 +75,24 @@ def locate(tensor: TensorProto, base_dir: Path | None) -> tuple[Path, int, int]:
     name, where = tensor.name, entries.get("location", "")
     if base_dir is None:
         raise ModelError(f"initializer '{name}' is in the external file '{where}': load the model by path, not from memory")
+    if not where or "\0" in where:
+        raise ModelError(f"initializer '{name}': its external data name no file")
     path = (base_dir / where).resolve()
-    if not where or not path.is_relative_to(base_dir.resolve()):
-        raise ModelError(f"initializer '{name}': external file '{where}' lies outside the model's folder")
+    if not path.is_relative_to(base_dir.resolve()):
+        raise ModelError(f"initializer '{name}': external file '{where}' lies outside the model's folder; copy it beside the model")
     if not path.is_file():
         raise ModelError(f"initializer '{name}': external file '{where}' is missing; put it beside the model")
+    size = path.stat().st_size
     try:
         offset = int(entries.get("offset", 0))
-        length = int(entries.get("length", path.stat().st_size - offset))
+        length = int(entries.get("length", max(0, size - offset)))
     except ValueError as error:
         raise ModelError(f"initializer '{name}': external offset or length is not a number") from error
-    bits = _bits(tensor.data_type)
-    expected = (int(np.prod(tuple(tensor.dims), dtype=np.int64)) * bits + 7) // 8
-    if offset < 0 or length != expected or offset + length > path.stat().st_size:
+    expected = (math.prod(tensor.dims) * _bits(tensor.data_type) + 7) // 8
+    if offset < 0 or length != expected or offset + length > size:
         raise ModelError(
-            f"initializer '{name}': bytes {offset}..{offset + length} of '{where}' ({path.stat().st_size} bytes) "
-            f"do not hold shape {list(tensor.dims)} ({expected} bytes)"
+            f"initializer '{name}': {length} bytes at offset {offset} of '{where}' ({size} bytes) "
+            f"do not hold shape {list(tensor.dims)} ({expected} bytes); is the file complete?"
         )
     return path, offset, length
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,12 +31,18 @@ def print_after(which: str, write: Callable[[str], Any]) -> Hook:
 
 
 def dump_after(folder: Path) -> Hook:
-    """Save the model after every pass that changed something, as `NN-pass.onnx`. The folder is made if need be."""
-    numbers = iter(range(1, 10_000))
+    """Save the model after every pass that changed something, as `NN-pass.onnx`. The folder is made if need be.
+
+    ModelError where it is not empty: the files of an earlier run would be replaced, one of which may be the input.
+    """
+    numbers = itertools.count(1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        used = any(folder.iterdir())
     except OSError as error:
         raise ModelError(f"cannot make the folder {folder}: {error.strerror}") from error
+    if used:
+        raise ModelError(f"the folder {folder} is not empty; name a new one with --dump-after")
 
     def hook(model: Model, step: Step, result: StepResult) -> None:
         if result.changes:

@@ -17,6 +17,7 @@ from graphopt.proto import Exporter, Importer, Leftovers, Weights, encode_inline
 
 SMALL = 1024  # constants up to this many elements stay in a skeleton: shape inference reads their values
 MIN_OPSET = 7
+UNKNOWN = "graphopt.unknown"  # domain that stands, in checks, for the default one where ONNX has no such operator
 
 
 @dataclass(eq=False)
@@ -119,11 +120,9 @@ class Model:
     def verify(self) -> None:
         """Raise ModelError unless names are unique, inputs produced before use, and onnx's checker and shape inference agree."""
         self._verify_structure()
-        skeleton = self.skeleton()
-        try:
-            onnx.checker.check_model(skeleton, full_check=self.strict)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise ModelError(f"the model is not valid ONNX: {_first_lines(error)}") from error
+        problem = _problem(self, full=self.strict)
+        if problem:
+            raise ModelError(f"the model is not valid ONNX: {problem}")
 
     def _verify_structure(self) -> None:
         written: dict[str, str] = {}
@@ -171,12 +170,14 @@ def _reads(node: gs.Node) -> list[gs.Tensor]:
 
 def from_proto(proto: onnx.ModelProto, *, path: Path | None = None) -> Model:
     """Import a ModelProto; raises ModelError with one line on anything broken."""
-    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), MIN_OPSET)
     if not proto.HasField("graph") or proto.ir_version < 1:
         raise ModelError("not an ONNX model: it has no graph or no IR version; is the file complete?")
+    if not proto.graph.output:
+        raise ModelError("the graph has no outputs; is the file complete?")
     if opset > onnx.defs.onnx_opset_version():
         raise ModelError(f"opset {opset} is newer than the installed onnx knows ({onnx.defs.onnx_opset_version()}): upgrade onnx")
-    if opset and opset < MIN_OPSET:
+    if opset < MIN_OPSET:
         raise ModelError(f"opset {opset} is too old: graphopt reads {MIN_OPSET} and later; convert with onnx.version_converter")
     if proto.functions:
         proto = _inline(proto)
@@ -196,7 +197,7 @@ def from_proto(proto: onnx.ModelProto, *, path: Path | None = None) -> Model:
         )
     model.sort()
     model._verify_structure()
-    model.strict = _passes_full_check(model)
+    _check(model)
     return model
 
 
@@ -224,13 +225,47 @@ def _inline(proto: onnx.ModelProto) -> onnx.ModelProto:
         raise ModelError(f"its local functions cannot be inlined: {_first_lines(error)}") from error
 
 
-def _passes_full_check(model: Model) -> bool:
+def _check(model: Model) -> None:
+    """ONNX's full check decides how strictly later states are judged; what fails even its plain check is refused."""
+    problem = _problem(model, full=True)
+    model.strict = not problem
+    if problem:
+        plain = _problem(model, full=False)
+        if plain:
+            raise ModelError(f"the model is not valid ONNX: {plain}")
+        model.notes.append(f"onnx's full check rejects the model as given: {problem}")
+    unknown = sorted({n.op for n in model.nodes() if not n.domain and not onnx.defs.has(n.op)})
+    if unknown:
+        model.notes.append(f"not operators of ONNX, and carried through untouched: {', '.join(unknown)}")
+
+
+def _problem(model: Model, *, full: bool) -> str:
+    """What onnx's checker (and shape inference) has against the model; '' for nothing."""
+    skeleton = model.skeleton()
+    if _disguise(skeleton.graph):
+        skeleton.opset_import.add(domain=UNKNOWN, version=1)
+    for info in () if full else (*skeleton.graph.input, *skeleton.graph.output):
+        tensor = info.type.tensor_type  # the plain check wants types and shapes, but does not look at them; runtimes infer them
+        if info.type.WhichOneof("value") in (None, "tensor_type") and not (tensor.elem_type and tensor.HasField("shape")):
+            tensor.elem_type = onnx.TensorProto.FLOAT
+            tensor.shape.SetInParent()
     try:
-        onnx.checker.check_model(model.skeleton(), full_check=True)
+        onnx.checker.check_model(skeleton, full_check=full)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        model.notes.append(f"onnx's full check rejects the model as given: {_first_lines(error)}")
-        return False
-    return True
+        return _first_lines(error)
+    return ""
+
+
+def _disguise(graph: onnx.GraphProto) -> bool:
+    """Give operators that ONNX does not know (experimental ones of old) a domain of their own: the checker lets such be."""
+    found = False
+    for node in graph.node:
+        if node.op_type and not node.domain and not onnx.defs.has(node.op_type):
+            node.domain, found = UNKNOWN, True
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                found = _disguise(attribute.g) or found
+    return found
 
 
 def load(source: str | Path | onnx.ModelProto | Model) -> Model:

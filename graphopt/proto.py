@@ -7,6 +7,7 @@ beside them (`node.extra`, `Leftovers`) and written back. Every tensor name is u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,11 @@ from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoPr
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from graphopt.errors import ModelError
-from graphopt.external import load_tensor
+from graphopt.external import check_tensor, load_tensor
 
 Encode = Callable[[gs.Constant], TensorProto | None]
 _NUMBERED = {AttributeProto.FLOAT: "f", AttributeProto.INT: "i"}
+_DENSE = 1 << 40  # elements of a dense tensor: more is a damaged file, not a model
 _LISTS = {AttributeProto.FLOATS: "floats", AttributeProto.INTS: "ints"}
 
 
@@ -43,16 +45,22 @@ class Weights(LazyValues):  # type: ignore[misc]
         self.tensor, self.base_dir = tensor, base_dir
         self.shape = tuple(tensor.dims)
         values = tensor.values if isinstance(tensor, onnx.SparseTensorProto) else tensor
-        try:
-            self.dtype = np.dtype(helper.tensor_dtype_to_np_dtype(values.data_type))
-        except KeyError as error:
-            raise ModelError(f"initializer '{values.name}': unknown data type {values.data_type}") from error
-        self.nbytes = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        check_tensor(values, base_dir)
+        if values is not tensor:
+            _check_sparse(tensor, base_dir)
+        self.dtype = np.dtype(helper.tensor_dtype_to_np_dtype(values.data_type))
+        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
 
     def load(self) -> np.ndarray:
         if isinstance(self.tensor, onnx.SparseTensorProto):
             return _dense(self.tensor, self.base_dir)
         return load_tensor(self.tensor, self.base_dir)
+
+
+def _check_sparse(sparse: onnx.SparseTensorProto, base_dir: Path | None) -> None:
+    check_tensor(sparse.indices, base_dir)
+    if any(d < 0 for d in sparse.dims) or math.prod(sparse.dims) > _DENSE:
+        raise ModelError(f"sparse initializer '{sparse.values.name}': shape {list(sparse.dims)} cannot be made dense")
 
 
 def _dense(sparse: onnx.SparseTensorProto, base_dir: Path | None) -> np.ndarray:
@@ -82,14 +90,13 @@ class Importer:
     def graph(self, proto: GraphProto, outer: dict[str, gs.Tensor]) -> gs.Graph:
         scope: dict[str, gs.Tensor] = {}
         main = not outer and proto is self.model.graph
+        _check_single_assignment(proto)
         self._values(proto, scope, main)
         inputs = [scope[i.name] for i in proto.input if not isinstance(scope[i.name], gs.Constant)]
         for node in proto.node:
             for name in filter(None, node.output):
                 if name not in scope:
                     scope[name] = gs.Variable(self._fresh(name))
-                elif isinstance(scope[name], gs.Constant):
-                    raise ModelError(f"node '{node.name}' ({node.op_type}) writes the initializer '{name}'")
         fixed = self._constant_nodes(proto, scope)
         visible = {**outer, **scope}
         nodes = [self._node(node, visible) for index, node in enumerate(proto.node) if index not in fixed]
@@ -144,6 +151,8 @@ class Importer:
         variable = gs.Variable(self._fresh(info.name))
         if info.type.HasField("tensor_type") and info.type.tensor_type.elem_type:
             tensor_type = info.type.tensor_type
+            if tensor_type.elem_type not in helper.get_all_tensor_dtypes():
+                raise ModelError(f"tensor '{info.name}': unknown data type {tensor_type.elem_type}")
             variable.dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor_type.elem_type))
             if tensor_type.HasField("shape"):
                 variable.shape = [_dimension(d) for d in tensor_type.shape.dim]
@@ -163,6 +172,10 @@ class Importer:
             name = f"{proto.name or proto.op_type}_{len(self.node_names) + number}"
         self.node_names.add(name)
         attributes = {a.name: self._attribute(a, visible) for a in proto.attribute}
+        if len(attributes) < len(proto.attribute):
+            raise ModelError(
+                f"node '{name}' ({proto.op_type}) has an attribute twice: {', '.join(a.name for a in proto.attribute)}"
+            )
         domain = None if proto.domain in ("", "ai.onnx") else proto.domain
         node = gs.Node(proto.op_type, name, attributes, [tensor(n) for n in proto.input], [tensor(n) for n in proto.output], domain)
         if proto.doc_string or proto.metadata_props or proto.overload:
@@ -191,6 +204,21 @@ class Importer:
         except UnicodeDecodeError:
             pass
         return attribute
+
+
+def _check_single_assignment(proto: GraphProto) -> None:
+    """Every name is given once: by one input, one initializer (which may be an input's default) or one node output."""
+    writers: dict[str, str] = {}
+    initializers = [*(t.name for t in proto.initializer), *(t.values.name for t in proto.sparse_initializer)]
+    nodes = [(o, f"node '{n.name}' ({n.op_type})" if n.name else f"a {n.op_type} node") for n in proto.node for o in n.output if o]
+    known = {*initializers} & {i.name for i in proto.input}
+    given = [(i.name, "a graph input") for i in proto.input] + [(n, "an initializer") for n in initializers if n not in known]
+    for name, writer in [*given, *nodes]:
+        if not name:
+            raise ModelError(f"{writer} has no name")
+        if name in writers:
+            raise ModelError(f"tensor '{name}' is written twice: by {writers[name]} and by {writer}")
+        writers[name] = writer
 
 
 _CONSTANT_FORMS: dict[str, Callable[[AttributeProto], TensorProto | onnx.SparseTensorProto]] = {
