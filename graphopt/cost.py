@@ -6,7 +6,7 @@ looking at the graph again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -14,14 +14,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.attributes import op_key
-from graphopt.errors import ModelError
-from graphopt.model import Model, from_proto
+from graphopt.model import Model
+from graphopt.nominal import bind, reinferred
 from graphopt.proto import subgraphs
-from graphopt.shapes import Shape, Shapes
+from graphopt.shapes import Shapes
 from graphopt.shapes import shapes as infer
 
 Axis = tuple[str, int]  # tensor name, axis
-BATCH, IMAGE, OTHER = 1, 224, 64  # sizes assumed for dynamic axes: the first one, height and width of rank 4 and 5, all others
 
 
 @dataclass(frozen=True)
@@ -233,13 +232,16 @@ def costs(model: Model, shapes: Shapes | None = None, *, sizes: Mapping[str, int
     """Parameters, bytes and MACs of a model; `shapes` spares inferring them.
 
     Batch is 1. Other dynamic axes take the size `sizes` gives them (by symbol, or as 'input[axis]'), else 224 where they are
-    height, width or depth of an input of rank 4 or 5, else 64; `Costs.assumed` says what was taken. Of the branches of an If
-    the costliest counts; the body of a Loop or Scan counts once.
+    height, width or depth of an input of rank 4 or 5, 512 where they are samples (floats of rank 2), else 64; `Costs.assumed`
+    says what was taken. Of the branches of an If the costliest counts; the body of a Loop or Scan counts once.
     """
-    bound, assumed = _bind(model, shapes or infer(model), sizes or {})
-    counted: list[NodeCost] = []
-    uncounted: list[tuple[str, str]] = []
-    macs = _count(model.graph, bound, counted, uncounted)
+    bound, assumed = bind(model, shapes or infer(model), sizes or {})
+    counted, uncounted, macs = _count_all(model, bound)
+    if uncounted and assumed:
+        again = reinferred(model, bound)
+        better = _count_all(model, again)
+        if len(better[1]) < len(uncounted):
+            bound, (counted, uncounted, macs) = again, better
     named = {axis for n in counted for term in n.terms for axis in term.axes}
     lengths = {axis: (bound.static(axis[0]) or ())[axis[1]] for axis in named}
     held = weights(model)
@@ -253,6 +255,12 @@ def costs(model: Model, shapes: Shapes | None = None, *, sizes: Mapping[str, int
         assumed,
         tuple(uncounted),
     )
+
+
+def _count_all(model: Model, shapes: Shapes) -> tuple[list[NodeCost], list[tuple[str, str]], int]:
+    counted: list[NodeCost] = []
+    uncounted: list[tuple[str, str]] = []
+    return counted, uncounted, _count(model.graph, shapes, counted, uncounted)
 
 
 def _count(graph: gs.Graph, shapes: Shapes, counted: list[NodeCost], uncounted: list[tuple[str, str]]) -> int:
@@ -283,50 +291,3 @@ def _count_node(node: gs.Node, rule: Rule, shapes: Shapes, counted: list[NodeCos
     if macs:
         counted.append(NodeCost(node.name, op_key(node), macs, terms))
     return macs
-
-
-def _bind(model: Model, shapes: Shapes, sizes: Mapping[str, int]) -> tuple[Shapes, dict[str, int]]:
-    """Shapes with every dynamic axis of the inputs at its nominal size, and the sizes taken."""
-    assumed: dict[str, int] = {}
-    symbols: dict[str, int] = {}
-    taken: dict[str, list[int]] = {}
-    for tensor in model.graph.inputs:
-        shape = shapes.shape(tensor.name)
-        if shape is not None and not all(isinstance(d, int) and d >= 0 for d in shape):
-            taken[tensor.name] = [_nominal(tensor.name, axis, shape, symbols, sizes) for axis in range(len(shape))]
-            places = [f"{tensor.name}[{d if isinstance(d, str) else i}]" for i, d in enumerate(shape)]
-            dynamic = [i for i, d in enumerate(shape) if not isinstance(d, int) or d < 0]
-            assumed.update({places[i]: taken[tensor.name][i] for i in dynamic})
-    if not taken:
-        return shapes, assumed
-    try:
-        bound = infer(_with_inputs(model, taken))
-    except ModelError:  # the model itself contradicts these sizes; what is static without them still counts
-        return shapes, {}
-    known = {name: shape for name, shape in bound.shapes.items() if bound.static(name) is not None}
-    return Shapes({**shapes.shapes, **known}, shapes.dtypes), assumed
-
-
-def _nominal(name: str, axis: int, shape: Shape, symbols: dict[str, int], sizes: Mapping[str, int]) -> int:
-    """The size of one axis of an input; a symbol has the size of its first appearance everywhere."""
-    dim = shape[axis]
-    if isinstance(dim, int) and dim >= 0:  # some exporters write -1 for a dynamic axis
-        return dim
-    default = BATCH if axis == 0 else IMAGE if len(shape) in (4, 5) and axis >= 2 else OTHER
-    if isinstance(dim, str):
-        return symbols.setdefault(dim, sizes.get(f"{name}[{axis}]", sizes.get(dim, default)))
-    return sizes.get(f"{name}[{axis}]", default)
-
-
-def _with_inputs(model: Model, taken: Mapping[str, Collection[int]]) -> Model:
-    """A copy without large weights whose inputs have these shapes and whose other tensors have no symbolic sizes."""
-    proto = model.skeleton()
-    for info in proto.graph.input:
-        if info.name in taken:
-            del info.type.tensor_type.shape.dim[:]
-            for size in taken[info.name]:
-                info.type.tensor_type.shape.dim.add(dim_value=size)
-    for info in (*proto.graph.value_info, *proto.graph.output):
-        for dim in info.type.tensor_type.shape.dim:
-            dim.ClearField("dim_param")
-    return from_proto(proto)

@@ -61,13 +61,28 @@ def test_quantised_ops_count_like_their_float_ones() -> None:
 
 
 def test_dynamic_axes_take_nominal_sizes_and_say_so() -> None:
-    text = """g (float[N,3,H,W] x, float[N,T] z, float[4,3,1,1] w) => (float[N,4,H,W] y, float[N,T] v)
-    { y = Conv(x, w) v = Relu(z) }"""
+    text = """g (float[N,3,H,W] x, int64[N,T] z, float[M,S] u, float[4,3,1,1] w) => (float[N,4,H,W] y, int64[N,T] v, float[M,S] t)
+    { y = Conv(x, w)  v = Abs(z)  t = Relu(u) }"""
     m = model(text)
     counted = costs(m, shapes(m))
     assert counted.macs == 224 * 224 * 12
-    assert counted.assumed == {"x[N]": 1, "x[H]": 224, "x[W]": 224, "z[N]": 1, "z[T]": 64}
+    assert counted.assumed == {"x[N]": 1, "x[H]": 224, "x[W]": 224, "z[T]": 64, "u[M]": 1, "u[S]": 512}
     assert costs(m, shapes(m), sizes={"H": 10, "x[3]": 20}).macs == 10 * 20 * 12
+
+
+def test_sizes_follow_formulas_of_symbols() -> None:
+    text = """g (float[N,3,H,W] x, float[4,3,3,3] w) => (float[A,4,B,C] y) {
+        a = Concat<axis=2>(x, x)  y = Conv<strides=[2,2],pads=[1,1,1,1]>(a, w)
+    }"""
+    m = model(text)
+    assert costs(m, shapes(m), sizes={"H": 9, "W": 8}).macs == 9 * 4 * 4 * 27
+    assert costs(m, shapes(m)).assumed == {"x[N]": 1, "x[H]": 224, "x[W]": 224}
+
+
+def test_what_no_formula_tells_is_inferred_from_the_sizes() -> None:
+    text = """g (float[1,1,H,4] x, float[1,1,K,4] z, float[1,1,1,1] w) => (float[1,1,B,C] y) { a = Add(x, z)  y = Conv(a, w) }"""
+    m = model(text)
+    assert costs(m, shapes(m), sizes={"H": 5, "K": 1}).macs == 20
 
 
 def test_what_cannot_be_counted_is_named_and_not_guessed() -> None:
