@@ -92,6 +92,12 @@ def _matmul_misfit(node: gs.Node, opset: int) -> str:
     return "" if len(node.inputs[1].shape) == 2 else "its weight is not a matrix"
 
 
+def _binary_misfit(node: gs.Node, opset: int) -> str:
+    if any(isinstance(t, gs.Constant) for t in node.inputs):
+        return "one input is a constant: rounding again for a scale or an offset costs more accuracy than time"
+    return "it squares its input" if node.op == "Mul" and node.inputs[0] is node.inputs[1] else ""
+
+
 def _resize_misfit(node: gs.Node, opset: int) -> str:
     return "" if attribute(node, "mode", opset) == "nearest" else "it interpolates, which has no INT8 kernel"
 
@@ -140,8 +146,8 @@ QOPS: Mapping[str, QOp] = {
     "ConvTranspose": QOp(_WEIGHTED.inputs, axis=lambda node: 1, heavy=True, misfit=_transposed_misfit),
     "Gemm": QOp(_WEIGHTED.inputs, axis=_gemm_axis, heavy=True, misfit=_gemm_misfit),
     "MatMul": QOp({0: ACTIVATION, 1: WEIGHT}, axis=lambda node: 1, heavy=True, misfit=_matmul_misfit),
-    "Add": QOp(others=ACTIVATION),
-    "Mul": QOp(others=ACTIVATION),
+    "Add": QOp(others=ACTIVATION, misfit=_binary_misfit),
+    "Mul": QOp(others=ACTIVATION, misfit=_binary_misfit),
     "Sigmoid": QOp(),
     "LeakyRelu": QOp(),
     "Softmax": QOp(),

@@ -6,7 +6,7 @@ the inputs measured on calibration rows. It costs nothing at run time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +15,21 @@ import onnx_graphsurgeon as gs
 
 from graphopt.data import Dataset
 from graphopt.feeds import Feed, fixed_batch, padded, row_count
-from graphopt.operands import has_input
 from graphopt.quant_plan import Unit
 from graphopt.runtime import run, session
 
 ROWS = 64  # means of channels settle long before the extremes do
 _BATCH = 8
 _POOLED = ("Conv",)  # ops whose input's channels are axis 1, followed by space
-_PLAIN = ("Gemm",)
+_PLAIN = ("Gemm", "MatMul")  # ops whose input's channels are the last axis
 
 
 def corrected(units: Iterable[Unit]) -> list[gs.Node]:
-    """The nodes whose bias can be corrected: Conv and Gemm that have one."""
-    return [u.node for u in units if u.node.op in (*_POOLED, *_PLAIN) and has_input(u.node, 2)]
+    """The nodes whose bias can be corrected: Conv, Gemm and MatMul that have one."""
+    return [u.node for u in units if u.node.op in (*_POOLED, *_PLAIN) and u.bias_input() is not None]
 
 
-def channel_means(content: bytes | Path, dataset: Dataset, nodes: Sequence[gs.Node]) -> dict[str, np.ndarray]:
+def channel_means(content: bytes | Path, dataset: Dataset, nodes: Sequence[gs.Node], opset: int) -> dict[str, np.ndarray]:
     """Tensor name -> the mean of each channel of the nodes' data inputs, over up to ROWS rows spread over the dataset.
 
     onnxruntime averages over space, so that only one number a row and channel leaves it.
@@ -39,35 +38,48 @@ def channel_means(content: bytes | Path, dataset: Dataset, nodes: Sequence[gs.No
     outputs: dict[str, str] = {}
     for node in nodes:
         name = node.inputs[0].name
-        if name in outputs:
-            continue
-        outputs[name] = f"{name}_channel_mean"
-        op = "GlobalAveragePool" if node.op in _POOLED else "Identity"
-        fragment.node.append(onnx.helper.make_node(op, [name], [outputs[name]]))
-        fragment.output.append(onnx.ValueInfoProto(name=outputs[name]))
+        if name not in outputs:
+            outputs[name] = f"{name}_channel_mean"
+            fragment.node.extend(_average(node, name, outputs[name], opset))
+            fragment.output.append(onnx.ValueInfoProto(name=outputs[name]))
+    if not outputs:
+        return {}
     data = content.read_bytes() if isinstance(content, Path) else content
     folder = content.parent if isinstance(content, Path) else None
     runner = session(data + onnx.ModelProto(graph=fragment).SerializeToString(), external=folder)
     sums = dict.fromkeys(outputs, np.zeros(()))
     total = 0
-    fixed = fixed_batch(dataset.inputs)
     for feed in _spread(dataset):
         rows = row_count(feed) or 1
-        whole = padded(feed, fixed) if fixed else feed
-        for name, values in zip(outputs, run(runner, whole, list(outputs.values())), strict=True):
-            mine = values.shape[0] * rows // (fixed or rows)  # without the padding of a fixed batch
-            sums[name] = sums[name] + values.reshape(*values.shape[:2])[:mine].mean(0, dtype=np.float64) * rows
+        for name, values in zip(outputs, run(runner, feed, list(outputs.values())), strict=True):
+            sums[name] = sums[name] + values.reshape(-1, values.shape[1]).mean(0, dtype=np.float64) * rows
         total += rows
     return {name: value / total for name, value in sums.items()}
 
 
-def _spread(dataset: Dataset) -> Iterable[Feed]:
-    """Every n-th batch, so that data sorted by class is sampled evenly."""
+def _average(node: gs.Node, name: str, output: str, opset: int) -> list[onnx.NodeProto]:
+    """Nodes that reduce the tensor to [rows, channels, ones...]."""
+    if node.op in _POOLED:
+        return [onnx.helper.make_node("GlobalAveragePool", [name], [output])]
+    flat, axes = f"{output}_flat", f"{output}_axes"
+    nodes = [onnx.helper.make_node("Flatten", [name], [flat], axis=-1)]
+    if opset < 18:
+        return [*nodes, onnx.helper.make_node("ReduceMean", [flat], [output], axes=[0])]
+    zero = onnx.helper.make_node("Constant", [], [axes], value_ints=[0])
+    return [*nodes, zero, onnx.helper.make_node("ReduceMean", [flat, axes], [output])]
+
+
+def _spread(dataset: Dataset) -> Iterator[Feed]:
+    """Every n-th batch, so that data sorted by class is sampled evenly; whole batches only, where the model fixes their size."""
+    fixed = fixed_batch(dataset.inputs)
     stride = -(-(dataset.rows or ROWS) // ROWS)
+    seen = 0
     for number, feed in enumerate(dataset.batches(_BATCH)):
-        if number % stride == 0:
-            yield feed
-        if dataset.rows is None and (number + 1) * _BATCH >= ROWS:
+        rows = row_count(feed) or 1
+        if number % stride == 0 and (seen == 0 or fixed in (None, rows)):
+            seen += rows
+            yield padded(feed, fixed) if fixed else feed
+        if dataset.rows is None and seen >= ROWS:
             return
 
 

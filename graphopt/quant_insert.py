@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.edit import remove_nodes, set_input, set_output
 from graphopt.model import Model
-from graphopt.operands import Names, has_input
+from graphopt.operands import Names
 from graphopt.quant import BOUNDS, weight_value
 from graphopt.quant_bias import shift
 from graphopt.quant_numbers import Parameters, Weight, least_scales, quantise_bias, quantise_weight
@@ -92,15 +92,12 @@ def _pair(work: Inserter, tensor: gs.Tensor) -> None:
 def _raw(work: Inserter, unit: Unit, tensor: gs.Tensor) -> gs.Variable:
     """What the unit writes instead of `tensor`, which the DequantizeLinear writes from now on; its Relu or Clip goes if it can."""
     raw = gs.Variable(work.names.fresh(f"{tensor.name}_f"), tensor.dtype, tensor.shape)
-    if unit.activation is None:
-        index = next(i for i, t in enumerate(unit.node.outputs) if t is tensor)
-        set_output(unit.node, index, raw)
-    elif _saturates(unit.activation, work.parameters[id(tensor)]):
+    last = unit.last
+    if unit.activation is not None and _saturates(unit.activation, work.parameters[id(tensor)]):
         set_output(unit.activation, 0, gs.Variable.empty())
         work.dead.append(unit.activation)
-        set_output(unit.node, 0, raw)
-    else:
-        set_output(unit.activation, 0, raw)
+        last = unit.bias or unit.node
+    set_output(last, next(i for i, t in enumerate(last.outputs) if t is tensor or last is not unit.last), raw)
     return raw
 
 
@@ -125,24 +122,23 @@ def _rewire(work: Inserter, unit: Unit) -> None:
 
 def _weights(work: Inserter, unit: Unit) -> None:
     node = unit.node
-    values, bias = weight_value(node, 1), weight_value(node, 2) if has_input(node, 2) else None
+    values, place = weight_value(node, 1), unit.bias_input()
+    bias = None if place is None else weight_value(*place)
     assert values is not None  # the plan takes only nodes with a constant weight
-    if bias is None:
+    if place is None or bias is None:
         set_input(node, 1, _weight(work, unit, values, None)[0])
         return
-    bias, input_scale = bias.reshape(-1), work.parameters[id(node.inputs[0])].scale
+    holder, index = place
+    name, bias, input_scale = holder.inputs[index].name, bias.reshape(-1), work.parameters[id(node.inputs[0])].scale
     integer = work.target.bias == "s32"
     variable, weight = _weight(work, unit, values, least_scales(bias, input_scale) if integer else None)
     mean = work.means.get(node.inputs[0].name)
     if mean is not None:
         bias = bias - shift(node, weight.error(values, unit.row.axis(node)), mean).astype(np.float32)
-    set_input(
-        node,
-        2,
-        _bias(work, node.inputs[2].name, bias, input_scale, weight)
-        if integer
-        else work.names.constant(f"{node.inputs[2].name}_c", bias),
-    )
+    if integer:
+        set_input(holder, index, _bias(work, name, bias, input_scale, weight))
+    elif mean is not None:
+        set_input(holder, index, work.names.constant(f"{name}_corrected", bias))
     set_input(node, 1, variable)
 
 

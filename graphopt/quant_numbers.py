@@ -31,8 +31,8 @@ class Parameters:
     def quantise(self, values: np.ndarray) -> np.ndarray:
         """Integers as QuantizeLinear gives them: round half to even, saturate."""
         info = np.iinfo(self.dtype)
-        integers: np.ndarray = np.clip(np.rint(values / self.scale) + self.zero, info.min, info.max).astype(self.dtype)
-        return integers
+        integers = np.clip(np.rint(values / self.scale) + self.zero, info.min, info.max).astype(self.dtype)
+        return np.asarray(integers)
 
 
 def parameters(low: float, high: float, dtype: np.dtype, *, symmetric: bool) -> Parameters:

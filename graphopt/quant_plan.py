@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import networkx as nx
@@ -14,7 +14,8 @@ import onnx_graphsurgeon as gs
 from graphopt.attributes import op_key
 from graphopt.edit import Wiring, only_user
 from graphopt.model import Model
-from graphopt.quant import BOUNDS, QOPS, UNLISTED, QOp
+from graphopt.operands import has_input
+from graphopt.quant import BIAS, BOUNDS, QOPS, UNLISTED, QOp
 from graphopt.shapes import Shapes
 from graphopt.targets import Support, Target
 
@@ -23,17 +24,32 @@ FLOAT = np.dtype(np.float32)
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """A node that will run in INT8. `activation`: the Relu or Clip behind it whose output is quantised in place of its own."""
+    """A node that will run in INT8, with what onnxruntime fuses into it: its output is quantised behind these.
+
+    `bias`: the Add of a constant behind a MatMul. `activation`: the Relu or Clip behind it all.
+    """
 
     node: gs.Node
     row: QOp
     support: Support
+    bias: gs.Node | None = None
     activation: gs.Node | None = None
+
+    @property
+    def last(self) -> gs.Node:
+        """The node that writes the unit's outputs."""
+        return self.activation or self.bias or self.node
 
     @property
     def outputs(self) -> list[gs.Tensor]:
         """The tensors that the unit gives to others."""
-        return list((self.activation or self.node).outputs)
+        return list(self.last.outputs)
+
+    def bias_input(self) -> tuple[gs.Node, int] | None:
+        """The node and input that hold the constant bias; None where there is none."""
+        if self.bias is not None:
+            return self.bias, next(i for i, t in enumerate(self.bias.inputs) if isinstance(t, gs.Constant))
+        return (self.node, 2) if self.row.row(2) == BIAS and has_input(self.node, 2) else None
 
     def activations(self) -> list[gs.Tensor]:
         """Its inputs that become the target's activation type: constants among them (an Add of a constant) too."""
@@ -91,14 +107,19 @@ def plan(model: Model, shapes: Shapes, target: Target, selection: Selection, rej
     wiring = model.wiring()
     result = Plan([])
     chosen: list[Unit] = []
+    refused: list[tuple[gs.Node, str]] = []
     for node in model.graph.nodes:
         reason = _refusal(node, model.opset, shapes, target, selection)
-        if not reason:
+        if reason:
+            refused.append((node, reason))
+        else:
             chosen.append(Unit(node, QOPS[node.op], target.support(node.op)))
-        elif reason != "absorbed":
+    units = _absorb(chosen, wiring)
+    inside = {id(n) for u in units for n in (u.bias, u.activation)}
+    for node, reason in refused:
+        if id(node) not in inside:
             _leave(result, node, reason, reject)
-    units = _without_islands(_absorb(chosen, wiring), wiring, result, reject)
-    result.units = units
+    result.units = units = _without_islands(units, wiring, result, reject)
     result.written = {id(t): u for u in units for t in u.outputs}
     wanted = {id(t) for u in units for t in u.activations()}
     for unit in units:
@@ -120,7 +141,7 @@ def _leave(result: Plan, node: gs.Node, reason: str, reject: Reject) -> None:
 
 
 def _refusal(node: gs.Node, opset: int, shapes: Shapes, target: Target, selection: Selection) -> str:
-    """Why the node stays float; "absorbed" for Relu and Clip, which are no units of their own; "" for a unit."""
+    """Why the node is no unit of its own; "" for a unit."""
     key = op_key(node)
     row = QOPS.get(key)
     if row is None:
@@ -133,7 +154,7 @@ def _refusal(node: gs.Node, opset: int, shapes: Shapes, target: Target, selectio
     if reason:
         return reason
     if row.absorbed:
-        return "absorbed"
+        return "no INT8 op before it that could do what it does"
     unit = Unit(node, row, support)
     kinds = {shapes.dtype(t.name) for t in (*unit.activations(), *node.outputs) if t.name}
     if kinds != {FLOAT}:
@@ -144,14 +165,28 @@ def _refusal(node: gs.Node, opset: int, shapes: Shapes, target: Target, selectio
 
 
 def _absorb(units: list[Unit], wiring: Wiring) -> list[Unit]:
-    """A Relu or Clip that alone reads a unit's output joins the unit, unless the unit's output shares its input's scale."""
+    """A bias, then a Relu or Clip, that alone read a unit's output join the unit; not where it shares its input's scale."""
     joined = []
     for unit in units:
-        node = unit.node
-        follower = only_user(node.outputs[0], wiring) if len(node.outputs) == 1 and not unit.row.shares else None
-        fits = follower is not None and follower.op in BOUNDS and not follower.domain
-        joined.append(Unit(node, unit.row, unit.support, follower) if fits else unit)
-    return joined
+        if not unit.row.shares and len(unit.node.outputs) == 1:
+            follower = only_user(unit.outputs[0], wiring)
+            if follower is not None and _is_bias(follower, unit):
+                unit = replace(unit, bias=follower)
+                follower = only_user(unit.outputs[0], wiring)
+            if follower is not None and follower.op in BOUNDS and not follower.domain:
+                unit = replace(unit, activation=follower)
+        joined.append(unit)
+    taken = {id(u.bias) for u in joined if u.bias is not None}
+    return [u for u in joined if id(u.node) not in taken]
+
+
+def _is_bias(node: gs.Node, unit: Unit) -> bool:
+    """Whether the node adds one constant a column to a MatMul's output."""
+    if op_key(node) != "Add" or unit.node.op != "MatMul":
+        return False
+    columns = unit.node.inputs[1].shape[-1]
+    constants = [t for t in node.inputs if isinstance(t, gs.Constant)]
+    return len(constants) == 1 and tuple(constants[0].shape[-1:]) == (columns,) and np.prod(constants[0].shape) == columns
 
 
 def _without_islands(units: list[Unit], wiring: Wiring, result: Plan, reject: Reject) -> list[Unit]:
@@ -207,10 +242,11 @@ def _pays(unit: Unit, state: _State) -> bool:
 
 
 def _near_heavy(units: list[Unit]) -> set[int]:
-    """ids of the units that are connected with a heavy one through tensors of units."""
+    """ids of the units that are connected with a heavy one through tensors that are INT8 for it: not what it can write as float."""
     web: nx.Graph[tuple[str, int]] = nx.Graph()
     for unit in units:
-        for tensor in (*unit.activations(), *unit.outputs):
+        given = () if unit.row.heavy and unit.support.float_output else unit.outputs
+        for tensor in (*unit.activations(), *given):
             web.add_edge(("unit", id(unit)), ("tensor", id(tensor)))
     heavy = {id(u) for u in units if u.row.heavy}
     near: set[int] = set()

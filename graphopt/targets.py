@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.errors import OptionError
@@ -71,10 +72,11 @@ def _no(*ops: str, reason: str) -> dict[str, Support]:
 def _thin_stem(node: gs.Node) -> str:
     """onnxruntime's INT8 Conv gathers patches byte by byte where a pixel has 1-3 channels; its float Conv has a kernel for them."""
     weight = node.inputs[1].shape
-    thin = int(node.attrs.get("group", 1)) == 1 and weight[1] <= 3 and max(weight[2:], default=1) > 1
+    thin = int(node.attrs.get("group", 1)) == 1 and weight[1] <= 3 and weight[1] < np.prod(weight[1:]) <= _PATCH
     return "a first convolution of 1-3 channels: INT8 takes up to twice as long as float" if thin else ""
 
 
+_PATCH = 150  # inputs of one output, as measured: 7x7x3
 _MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Tile", "DepthToSpace")
 _NO_KERNEL = "no INT8 kernel: it would convert its inputs and its output"
 
@@ -87,7 +89,7 @@ _ORT_CPU: dict[str, Support] = {
     **_yes(
         "Gemm", reason="QGemm: 3x float; fuses only with an explicit weight zero point; writes float directly", float_output=True
     ),
-    **_yes("MatMul", reason="QLinearMatMul or MatMulIntegerToFloat with a constant weight: 3x float", float_output=True),
+    **_yes("MatMul", reason="QGemm or MatMulIntegerToFloat with a constant weight: 3x float", float_output=True),
     **_yes("Add", reason="QLinearAdd: as fast as float, and keeps a residual stream in INT8"),
     **_yes("Mul", reason="QLinearMul: 0.7x float alone; 1.4x in a squeeze-and-excite block, where it saves the conversions"),
     **_yes("Sigmoid", reason="QLinearSigmoid: a table look-up, as fast as float, and it saves the conversions"),

@@ -61,7 +61,7 @@ def quantize(
     names = [t.name for t in work.sources()]
     with runnable(model) as content:
         statistics = calibrate(content, context.calibration, names, method=method, progress=context.progress)
-        means = channel_means(content, context.calibration, corrected(work.units)) if bias_correction else {}
+        means = channel_means(content, context.calibration, corrected(work.units), model.opset) if bias_correction else {}
     dtype = np.dtype(np.uint8 if (activation or target.activation) == "u8" else np.int8)
     numbers = _parameters(work, statistics, dtype, target, method, percentile)
     context.facts.update(_facts(work, numbers, target, method))
