@@ -88,7 +88,7 @@ class Walker:
         self.known = Known(model.opset)
         self.onnx = OnnxInference(model, self.known)
         self.leftovers = model.leftovers
-        self.results = {t.name for t in model.graph.outputs}
+        self.results = {id(t) for graph in model.graphs() for t in graph.outputs}
 
     def inputs(self, tensors: Sequence[gs.Tensor]) -> None:
         """Graph inputs as declared; every axis without a name gets a symbol of its own."""
@@ -147,14 +147,13 @@ class Walker:
         return [(dtype or kind, shape) for (kind, _), shape in zip(typed, shapes_, strict=True)]
 
     def record(self, tensor: gs.Tensor, dtype: np.dtype | None, shape: Sizes | None) -> None:
-        """Store one output; what inference leaves open is taken from the declaration, except at the model's outputs.
-
-        (Runtimes enforce no declared shape there; a rank is better than nothing.)
+        """Store one output; what inference leaves open is taken from the declaration, except at outputs of a graph: runtimes only
+        warn there, and exporters do get them wrong.
         """
-        declared = None if tensor.shape is None else tuple(d if isinstance(d, int) and d >= 0 else None for d in tensor.shape)
+        declared = None
+        if tensor.shape is not None and id(tensor) not in self.results:
+            declared = tuple(d if isinstance(d, int) and d >= 0 else None for d in tensor.shape)
         dtype = dtype or (np.dtype(tensor.dtype) if tensor.dtype is not None else None)
-        if tensor.name in self.results and shape is not None:
-            declared = None
         shape = _merge(shape, declared)
         self.known.values.pop(tensor.name, None)  # of the round before, in loop bodies
         self.known.sizes.pop(tensor.name, None)

@@ -47,10 +47,11 @@ def fold_constants(model: Model, context: Context, *, max_bytes: int = 1 << 20) 
     Exact: values are proved or computed by the runtime itself.
     """
     changes = _correct_declarations(model, context.get(shapes, model))
+    failed: set[int] = set()
     for _ in range(ROUNDS):
         known = context.get(shapes, model)
         changed = _fold_shapes(model, known) + _simplify_targets(model, known)
-        opened = _fold_nodes(model, known, context, max_bytes) + _inline_branches(model)
+        opened = _fold_nodes(model, known, context, max_bytes, failed) + _inline_branches(model)
         changes += changed + opened
         if changed or opened:
             remove_dead(model)  # what was folded need not fit the constants it now reads
@@ -169,22 +170,22 @@ class _Plan:
     graphs: list[gs.Graph] = field(default_factory=list)
 
 
-def _fold_nodes(model: Model, known: Shapes, context: Context, max_bytes: int) -> int:
-    plan = _plan(model, known, context, max_bytes)
-    if not plan.nodes:
-        return 0
-    inside = {id(n) for n in plan.nodes}
+def _fold_nodes(model: Model, known: Shapes, context: Context, max_bytes: int, failed: set[int]) -> int:
+    """Evaluate and replace; nodes that could not be evaluated go into `failed`, and those around them get another chance."""
     outputs = model.wiring().outputs
-    targets: dict[int, list[gs.Tensor]] = {}
-    for node in plan.nodes:
-        used = [t for t in node.outputs if t.name and (id(t) in outputs or t.outputs)]
-        if not any(id(t) in outputs or any(id(u) not in inside for u in t.outputs) for t in used):
-            continue
-        if all(_worth_storing(node, t, plan, known, context) for t in used):
-            targets[id(node)] = used
-    needed = _needed(plan.nodes, targets)
-    wanted = {t.name for tensors in targets.values() for t in tensors}
-    values = evaluate(model, needed, wanted, lambda node: context.reject(node, "cannot be evaluated by onnxruntime"))
+    while True:
+        plan = _plan(model, known, context, max_bytes, failed)
+        targets = _targets(plan, known, context, outputs)
+        if not targets:
+            return 0
+        wanted = {t.name for tensors in targets.values() for t in tensors}
+        broken: list[gs.Node] = []
+        values = evaluate(model, _needed(plan.nodes, targets), wanted, broken.append)
+        if not broken:
+            break
+        for node in broken:
+            context.reject(node, "cannot be evaluated by onnxruntime")
+            failed.add(id(node))
     changes = 0
     for graph in model.graphs():
         done = [n for n in graph.nodes if id(n) in targets and _stored(n, targets[id(n)], values, plan, known, context, max_bytes)]
@@ -192,13 +193,30 @@ def _fold_nodes(model: Model, known: Shapes, context: Context, max_bytes: int) -
     return changes
 
 
-def _plan(model: Model, known: Shapes, context: Context, max_bytes: int) -> _Plan:
+def _targets(plan: _Plan, known: Shapes, context: Context, outputs: frozenset[int]) -> dict[int, list[gs.Tensor]]:
+    """id(node) -> the results to store, of nodes that others than the plan's read and that are worth storing."""
+    inside = {id(n) for n in plan.nodes}
+    targets: dict[int, list[gs.Tensor]] = {}
+    for node in plan.nodes:
+        used = [t for t in node.outputs if t.name and (id(t) in outputs or t.outputs)]
+        leaves = any(id(t) in outputs or any(id(u) not in inside for u in t.outputs) for t in used)
+        if leaves and all(_worth_storing(node, t, plan, known, context) for t in used):
+            targets[id(node)] = used
+    return targets
+
+
+def _plan(model: Model, known: Shapes, context: Context, max_bytes: int, failed: set[int]) -> _Plan:
     """All nodes whose inputs are constants or results of such nodes, outer graphs first, in order."""
     plan = _Plan()
     for graph in model.graphs():
         for node in graph.nodes:
             inputs = [t for t in node.inputs if t.name]
-            if not inputs or subgraphs(node) or not all(isinstance(t, gs.Constant) or id(t) in plan.sources for t in inputs):
+            if (
+                not inputs
+                or id(node) in failed
+                or subgraphs(node)
+                or not all(isinstance(t, gs.Constant) or id(t) in plan.sources for t in inputs)
+            ):
                 continue
             reason = _unfit(node, model.opset, known)
             if reason:
