@@ -151,7 +151,7 @@ UNARY = (
     "Softsign Sqrt Swish Tan Tanh ThresholdedRelu com.microsoft::Gelu com.microsoft::QuickGelu"
 ).split()
 BINARY = (
-    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or "
+    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or "
     "PRelu Pow Sub Sum Where Xor com.microsoft::BiasGelu com.microsoft::FastGelu"
 ).split()
 
@@ -189,6 +189,17 @@ def _meet(site: Site, labels: Sequence[Labels]) -> Labels:
     for other in many:
         site.tie(longest, other)
     return longest
+
+
+@rule("Equal")
+def equal(site: Site) -> Result:
+    """Integers that are compared are categories or positions (one-hot encodings); what stands for one of them stays."""
+    operands = [site.axes(i) for i in site.given()]
+    dtype = site.dims.shapes.dtype(site.node.inputs[0].name)
+    if dtype is None or dtype.kind in "iu":
+        for axes in operands:
+            site.pin_axes(axes, "Equal compares integers")
+    return [broadcast(site, operands)]
 
 
 @rule("QuantizeLinear", "DequantizeLinear")

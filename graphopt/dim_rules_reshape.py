@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
 
@@ -84,10 +85,36 @@ def _block(site: Site, xs: Axes, sizes: list[Dim], source: list[Dim]) -> Axes:
         return _unfold(site, xs[0], known)
     if len(sizes) == 1:
         return [_fold(site, xs)]
-    return _stuck(site, xs, sizes, "Reshape mixes several axes into several others")
+    return _refined(site, xs, known)
 
 
-def _stuck(site: Site, xs: Axes, sizes: list[Dim], reason: str) -> Axes:
+def _refined(site: Site, xs: Axes, sizes: list[int]) -> Axes:
+    """(2048, 64) -> (512, 256) is (512 x 4, 64) -> (512, 4 x 64): both are made of the same smaller axes, or it is stuck."""
+    sources = [labels.size for labels in xs]
+    inner = {prod(s[i:]) for s in (sources, sizes) for i in range(len(s))}
+    ordered = [*sorted(inner, reverse=True), 1]
+    if any(a % b for a, b in pairwise(ordered)):
+        return _stuck(site, xs, sizes, "Reshape mixes axes whose sizes do not divide each other")
+    atoms = [a // b for a, b in pairwise(ordered)]
+    parts: Axes = []
+    for labels, run in zip(xs, _runs(atoms, sources), strict=True):
+        parts.extend([labels] if len(run) == 1 else _unfold(site, labels, [atoms[i] for i in run]))
+    return [parts[run[0]] if len(run) == 1 else _fold(site, [parts[i] for i in run]) for run in _runs(atoms, sizes)]
+
+
+def _runs(atoms: list[int], sizes: list[int]) -> list[list[int]]:
+    """Which atoms make up each size, in order."""
+    runs, place = [], 0
+    for size in sizes:
+        run: list[int] = []
+        while prod(atoms[i] for i in run) < size:
+            run.append(place)
+            place += 1
+        runs.append(run)
+    return runs
+
+
+def _stuck(site: Site, xs: Axes, sizes: Sequence[Dim], reason: str) -> Axes:
     site.pin_axes(xs, reason)
     return [site.pinned(size, reason) for size in sizes]
 

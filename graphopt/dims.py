@@ -144,7 +144,7 @@ def _pin_whole_axes(dims: Dims) -> None:
 def _explain(model: Model, dims: Dims) -> list[Pin]:
     """For every axis of a constant that is not free, why: its first causes."""
     pins = []
-    for constant in model.constants():
+    for constant in (c for c in model.constants() if np.dtype(c.dtype) not in (np.int64, object)):
         for axis, labels in enumerate(dims.axes.get(constant.name) or ()):
             if is_one(labels) or labels.size == 0:
                 continue

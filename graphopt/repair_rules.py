@@ -130,9 +130,12 @@ def _slice(node: gs.Node, cut: Cut) -> None:
         first, last, _ = slice(starts[i], ends[i]).indices(mask.size)
         starts[i] = int(mask[:first].sum())
         ends[i] = starts[i] + int(mask[first:last].sum())
-    if touched:
-        set_operand(node, "starts", 1, starts, cut.model.opset, cut.names)
-        set_operand(node, "ends", 2, ends, cut.model.opset, cut.names)
+    for name, index, values in (("starts", 1, starts), ("ends", 2, ends)) if touched else ():
+        if has_input(node, index):
+            dtype = cut.dims.shapes.dtype(node.inputs[index].name)  # that of the axes too
+            set_input(node, index, cut.names.constant(node.inputs[index].name, np.array(values, dtype)))
+        else:
+            node.attrs[name] = values
 
 
 def _gather(node: gs.Node, cut: Cut) -> None:

@@ -147,7 +147,7 @@ MATRICES = {
     ),
     "concat, split, slice, gather": Case(
         """g (float[N,3] x, float[3,6] w1, float[3,4] w2, float[2] c1, float[5,2] w3, float[5,2] w4, float[3,2] w5, float[2,2] w6)
-        => (float[N,2] y) <int64[2] i = {5,5}, int64[1] s = {-8}, int64[1] e = {-5}, int64[1] n = {1}, int64[2] p = {0,-1}>
+        => (float[N,2] y) <int64[2] i = {5,5}, int32[1] s = {-8}, int32[1] e = {-5}, int32[1] n = {1}, int64[2] p = {0,-1}>
         { a = MatMul(x, w1)  b = MatMul(x, w2)  c = Concat<axis=-1>(a, b)  l, r = Split<axis=1>(c, i)  f = MatMul(l, w3)
         h = MatMul(r, w4)  j = Slice(c, s, e, n)  k = MatMul(j, w5)  m = Gather<axis=1>(c, p)  q = MatMul(m, w6)
         t = Sum(f, h, k, q)  u = Add(t, c1)  y = Relu(u) }""",
@@ -158,6 +158,11 @@ MATRICES = {
         { a = Conv(x, w1)  b = Flatten(a)  c = MatMul(b, w2)  d = Reshape(a, i)  e = MatMul(d, w2)  f = Add(c, e)
         y = MatMul(f, w3) }""",
         (5, 6),
+    ),
+    "reshape of several axes into several": Case(
+        """g (float[N,8,3] x, float[3,6] w1, float[12,5] w2, float[5,2] w3) => (float[N,4,2] y) <int64[3] i = {0,4,12}>
+        { a = MatMul(x, w1)  b = Reshape(a, i)  c = MatMul(b, w2)  y = MatMul(c, w3) }""",
+        (6, 5),
     ),
     "tile and expand": Case(
         """g (float[1,3] x, float[3,4] w1, float[8,5] w2, float[5,2] w3) => (float[3,2] y) <int64[2] i = {1,2}, int64[2] e = {3,1}>

@@ -109,13 +109,15 @@ def test_pins_name_the_first_cause() -> None:
         ("s = Size(a)  f = Cast<to=1>(s)  p = Mul(a, f)", "Size counts its elements"),
         ("t = Transpose(a)  q = MatMul(a, t)  p = MatMul(q, a)", "MatMul sums over it and neither operand is a constant"),
         ("p = Gather<axis=1>(a, picks)", "Gather addresses positions"),
+        ("b = Cast<to=6>(a)  e = Equal(b, ids)  p = Cast<to=1>(e)", "Equal compares integers"),
         ("q, h, z = DynamicQuantizeLinear(a)  p = DequantizeLinear(q, h, z)", "op 'DynamicQuantizeLinear' has no dimension rule"),
     ],
 )
 def test_what_stays_and_why(body: str, reason: str) -> None:
     _, dims = coupled(
         "g (float[4,3] x, float[3,4] w1, float[4] w3, float[4,2] w2, int64[4] xpicks) => (float[N,2] y) "
-        f"<int64 one = {{1}}, int64[1] four = {{4}}> {{ picks = Identity(xpicks)  a = MatMul(x, w1)  {body}  y = MatMul(p, w2) }}"
+        "<int64 one = {1}, int64[1] four = {4}, int32[4] ids = {0,1,2,3}> "
+        f"{{ picks = Identity(xpicks)  a = MatMul(x, w1)  {body}  y = MatMul(p, w2) }}"
     )
     assert not (dims.labels("w1") or [])[1].any()
     assert reason in {p.reason for p in dims.pins if p.tensor == "w1" and p.axis == 1}
