@@ -143,7 +143,6 @@ def optimize(
 
 def optimize_with(source: str | Path | onnx.ModelProto | Model, settings: Settings) -> Result:
     """`optimize` with its arguments as one object."""
-    from graphopt.evaluate import check_evaluation
     from graphopt.targets import find_target
 
     began = time.perf_counter()
@@ -153,8 +152,7 @@ def optimize_with(source: str | Path | onnx.ModelProto | Model, settings: Settin
     work = _copy(source)
     calibration = _dataset(settings.calibration, original)
     evaluation = _dataset(settings.evaluation, original)
-    if evaluation is not None:
-        check_evaluation(evaluation, settings.metric)
+    scored = _score_original(original, evaluation, settings)
     context = Context(calibration, target, settings.progress)
     start = figures(work, context)
     counter, failure, checked = _Costs(context, start), None, 0
@@ -177,7 +175,7 @@ def optimize_with(source: str | Path | onnx.ModelProto | Model, settings: Settin
     if failure is None:
         from graphopt.gains import measure_gains
 
-        measure_gains(report, original, work, calibration, evaluation, settings)
+        measure_gains(report, original, work, calibration, evaluation, scored, settings)
     report.seconds = time.perf_counter() - began
     return Result(work, report, failure)
 
@@ -197,6 +195,22 @@ def _dataset(source: Any, model: Model) -> Dataset | None:
     from graphopt.feeds import input_specs
 
     return open_dataset(source, input_specs(model.interface()))
+
+
+def _score_original(original: Model, evaluation: Dataset | None, settings: Settings) -> np.ndarray | None:
+    """The original's score of every row, taken first: rows, labels and metrics that do not fit are found before any work."""
+    from graphopt.evaluate import metric, score
+    from graphopt.runtime import runnable, session
+
+    metric(settings.metric)
+    if evaluation is None:
+        return None
+    with runnable(original) as content:
+        try:
+            runner = session(content, threads=0)
+        except ModelError:  # its operators may live elsewhere; the report will say so
+            return None
+        return score(runner, evaluation, settings.metric, progress=settings.progress)
 
 
 def check_feeds(model: Model, dataset: Dataset | None, rows: int) -> list[dict[str, np.ndarray]]:

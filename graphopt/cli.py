@@ -201,7 +201,9 @@ def groups(model: Path, as_json: bool) -> None:
 @click.argument("a", type=_PATH)
 @click.argument("b", type=_PATH)
 @click.option("--data", required=True, metavar="PATH", help="Rows to compare on: .npz, folder, or module:function.")
-@click.option("--batch", default=16, show_default=True, help="Rows at a time, where the models' batch is dynamic.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Rows at a time, where the models' batch is dynamic."
+)
 @_JSON
 def compare(a: Path, b: Path, data: str, batch: int, as_json: bool) -> None:
     """How far the outputs of B are from those of A on data: errors, SQNR, cosine, argmax agreement."""
@@ -247,7 +249,13 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 @click.argument("model", type=_PATH)
 @click.option("--passes", required=True, help="The pipeline to search, as for `optimize`.")
 @click.option("--data", metavar="PATH", help="Rows to check on. Default: generated from the input types.")
-@click.option("--tolerance", default=1e-4, show_default=True, help="How far outputs may move, as a share of their scale.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=1e-4,
+    show_default=True,
+    help="How far outputs may move, as a share of their scale.",
+)
 @click.option("--target", default="ort-cpu", show_default=True, help="As for `optimize`.")
 def bisect(model: Path, passes: str, data: str | None, tolerance: float, target: str) -> None:
     """Name the pass, and the node, that first moves MODEL's outputs by more than the tolerance. Exit code 2 if there is one."""

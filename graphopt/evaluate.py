@@ -39,6 +39,8 @@ def binary(outputs: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
     probability = outputs[0].reshape(len(labels), -1)
     if probability.shape[1] != 1:
         raise DataError(f"metric binary: the first output has shape {list(outputs[0].shape)}, expected one value a row; try top1")
+    if labels.size != len(labels) or not np.isin(labels, (0, 1)).all():
+        raise DataError("metric binary: the labels must be one 0 or 1 a row")
     return np.asarray((probability[:, 0] > 0.5) == (labels.reshape(-1) == 1))
 
 
@@ -46,6 +48,8 @@ def negative_mse(outputs: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarra
     """Minus the mean squared error of the first output against labels of its shape, a row."""
     if outputs[0].shape != labels.shape:
         raise DataError(f"metric negative-mse: output {list(outputs[0].shape)} and labels {list(labels.shape)} differ in shape")
+    if labels.dtype.kind not in "biuf":
+        raise DataError(f"metric negative-mse: the labels are {labels.dtype}, expected numbers")
     error = (outputs[0].astype(np.float64) - labels) ** 2
     return np.asarray(-error.reshape(len(labels), -1).mean(-1))
 
@@ -57,6 +61,8 @@ def _scores(outputs: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
             f"metric: the first output has shape {list(scores.shape)} and the labels {list(labels.shape)}; "
             "expected [..., classes] and [...]; another metric, or module:function, may fit"
         )
+    if labels.dtype.kind not in "biuf" or not np.isin(labels, np.arange(scores.shape[-1])).all():
+        raise DataError(f"metric: the labels ({labels.dtype}) must be numbers from 0 to {scores.shape[-1] - 1}, one a row")
     return scores
 
 
@@ -71,17 +77,13 @@ def metric(name: str) -> Metric:
     if not colon:
         raise OptionError(f"unknown metric '{name}'; {suggest(name, METRICS)}, or module:function")
     try:
-        found: Metric = getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except Exception as error:  # somebody else's module: anything can happen in it
         raise OptionError(f"metric '{name}' cannot be loaded: {error}") from error
-    return found
-
-
-def check_evaluation(dataset: Dataset, name: str) -> None:
-    """Raise OptionError for an unknown metric and DataError for rows without labels, before any work."""
-    metric(name)
-    if dataset.rows is not None and dataset.labels is None:
-        raise DataError(f"{dataset.where} has no 'labels'; add them to the .npz, or leave --eval out")
+    if not callable(found):
+        raise OptionError(f"metric '{name}' is a {type(found).__name__}, not a function (outputs, labels) -> scores")
+    made: Metric = found
+    return made
 
 
 def score(runner: Any, dataset: Dataset, name: str, *, batch: int = 16, progress: Progress | None = None) -> np.ndarray:
@@ -95,13 +97,28 @@ def score(runner: Any, dataset: Dataset, name: str, *, batch: int = 16, progress
     for feed in dataset.batches(batch):
         count = row_count(feed) or 0
         outputs = run(runner, padded(feed, fixed) if fixed and count < fixed else feed)
-        rows.append(np.asarray(judge([np.asarray(o)[:count] for o in outputs], labels[done : done + count])))
+        rows.append(_judged(name, judge, [np.asarray(o)[:count] for o in outputs], labels[done : done + count]))
         done += count
         if progress:
             progress("evaluate", done, len(labels))
     if done != len(labels):
         raise DataError(f"{dataset.where} has {done} rows and {len(labels)} labels")
     return np.concatenate(rows)
+
+
+def _judged(name: str, judge: Metric, outputs: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """The scores of a batch; DataError where the metric, which may be the user's, fails or gives anything but one number a row."""
+    try:
+        found = np.asarray(judge(outputs, labels))
+    except DataError:
+        raise
+    except Exception as error:  # somebody else's function: anything can happen in it
+        raise DataError(f"metric '{name}' raised {type(error).__name__}: {error}") from error
+    if found.shape[:1] != (len(labels),) or found.dtype.kind not in "biuf":
+        raise DataError(
+            f"metric '{name}' gave {found.dtype} {list(found.shape)}, expected one number for each of {len(labels)} rows"
+        )
+    return found if found.ndim == 1 else found.reshape(len(labels), -1).mean(-1)  # several positions a row
 
 
 @dataclass(frozen=True)

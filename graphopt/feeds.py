@@ -66,15 +66,22 @@ def check_feed(inputs: Sequence[InputSpec], feed: Mapping[str, Any], where: str,
     `any_rows`: the first axis may differ from a fixed size, because the rows will be batched anew.
     """
     check_names(inputs, feed, where)
-    if row_count({name: np.asarray(value) for name, value in feed.items()}) == 0:
+    arrays = {name: _array(value, f"{where} key '{name}'") for name, value in feed.items()}
+    if row_count(arrays) == 0:
         raise DataError(f"data {where}: has no rows")
     checked = {}
     for spec in inputs:
-        value = np.asarray(feed[spec.name])
-        place = f"{where} key '{spec.name}'"
+        value, place = arrays[spec.name], f"{where} key '{spec.name}'"
         check_type(spec, value.dtype, value.shape, place, any_rows=any_rows)
         checked[spec.name] = convert(spec, value, place, 0)
     return checked
+
+
+def _array(value: Any, place: str) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # nested lists of different lengths
+        raise DataError(f"data {place}: is not an array: {error}") from error
 
 
 def check_names(inputs: Sequence[InputSpec], found: Iterable[str], where: str) -> None:

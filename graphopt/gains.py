@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import platform
+import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -56,21 +57,31 @@ def model_row(model: Model, costs: Figures) -> ModelRow:
 
 
 def measure_gains(
-    report: Report, original: Model, work: Model, calibration: Dataset | None, evaluation: Dataset | None, settings: Settings
+    report: Report,
+    original: Model,
+    work: Model,
+    calibration: Dataset | None,
+    evaluation: Dataset | None,
+    scored: np.ndarray | None,
+    settings: Settings,
 ) -> None:
-    """Fill the report's figures: outputs, quality where there are labels, latency and memory where asked for."""
+    """Fill the report's figures: outputs, quality where the original was `scored`, latency and memory where asked for."""
     with contextlib.ExitStack() as stack:
         try:
             contents = [stack.enter_context(runnable(m)) for m in (original, work)]
             runners = [session(c, threads=0) for c in contents]
             _outputs(report, runners, original, evaluation or calibration)
         except (ModelError, DataError) as error:
+            if isinstance(error, DataError) and (
+                evaluation or calibration
+            ):  # rows that were given must fit; generated ones may not
+                raise
             report.warnings.append(f"outputs were not compared: {error}")
             return
         report.before = report.before.model_copy(update={"file_bytes": report.before.file_bytes or _size(contents[0])})
         report.after = report.after.model_copy(update={"path": None, "file_bytes": _size(contents[1])})
-        if evaluation is not None:
-            _quality(report, runners, evaluation, settings)
+        if evaluation is not None and scored is not None:
+            _quality(report, runners[1], evaluation, scored, settings)
         del runners
         if settings.measure:
             _speed(report, contents, original, evaluation or calibration)
@@ -105,11 +116,10 @@ def _output_row(d: OutputDifference) -> OutputRow:
     )
 
 
-def _quality(report: Report, runners: Sequence[object], evaluation: Dataset, settings: Settings) -> None:
+def _quality(report: Report, runner: object, evaluation: Dataset, scored: np.ndarray, settings: Settings) -> None:
     from graphopt.evaluate import paired, score
 
-    before, after = (score(r, evaluation, settings.metric, progress=settings.progress) for r in runners)
-    both = paired(before, after)
+    both = paired(scored, score(runner, evaluation, settings.metric, progress=settings.progress))
     report.quality = QualityRow(
         metric=settings.metric,
         rows=both.rows,
@@ -133,8 +143,12 @@ def _speed(report: Report, contents: Sequence[bytes | Path], model: Model, data:
     feed: Mapping[str, np.ndarray] = check_feeds(model, data, 1)[0]
     rows = latency(contents, feed)
     report.speedup = rows[1].speedup
-    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        peaks = [peak_memory(_as_file(c, Path(folder) / f"{i}.onnx"), feed) for i, c in enumerate(contents)]
+    peaks: list[int | None] = [None, None]
+    try:
+        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+            peaks = [peak_memory(_as_file(c, Path(folder) / f"{i}.onnx"), feed) for i, c in enumerate(contents)]
+    except (ModelError, OSError, subprocess.SubprocessError) as error:  # no room for a copy, no second process: no reason to fail
+        report.warnings.append(f"peak memory was not measured: {error}")
     report.before = report.before.model_copy(update={"latency": _latency_row(rows[0]), "peak_memory_bytes": peaks[0]})
     report.after = report.after.model_copy(update={"latency": _latency_row(rows[1]), "peak_memory_bytes": peaks[1]})
     if rows[1].speedup < SLOWER:

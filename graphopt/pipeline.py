@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -225,6 +226,14 @@ def run(model: Model, steps: Sequence[Step], context: Context, hooks: Sequence[H
     return results
 
 
+def _counted(name: str, found: object) -> int:
+    """What a pass, perhaps a plugin's, returned, as an int; numpy's integers are fine."""
+    try:
+        return operator.index(found)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise PassError(name, f"returned {found!r}; a pass returns the number of changes") from error
+
+
 def run_step(model: Model, step: Step, context: Context, hooks: Sequence[Hook] = ()) -> StepResult:
     """Run one pass, verify, drop stale analyses, call the hooks."""
     name = step.entry.name
@@ -233,7 +242,7 @@ def run_step(model: Model, step: Step, context: Context, hooks: Sequence[Hook] =
     context.facts = {}
     began = time.perf_counter()
     try:
-        changes = step.entry.fn(model, context, **step.options)
+        changes = _counted(name, step.entry.fn(model, context, **step.options))
         if changes:
             model.sort()
             model.verify()
