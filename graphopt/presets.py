@@ -21,7 +21,7 @@ CLEANUP = (
 
 PRESETS: dict[str, Preset] = {
     "cleanup": Preset(CLEANUP, "exact simplification: fewer nodes, the same outputs", repeat=True),
-    "fold": Preset("cleanup, fold-bn, fold-scales, cleanup", "cleanup, and per-channel scales folded into the weights"),
+    "fold": Preset(f"{CLEANUP}, fold-bn, fold-scales", "cleanup, and per-channel scales folded into the weights", repeat=True),
     "int8": Preset("fold, quantize", "fold, then INT8 (needs calibration data)"),
     "prune": Preset("fold, prune-channels ratio=0.25, cleanup", "fold, then a quarter of every prunable group removed"),
     "prune-int8": Preset("prune, quantize", "prune, then INT8 (needs calibration data)"),
