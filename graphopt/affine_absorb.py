@@ -133,11 +133,11 @@ def _gemm_weights(site: Site, added: bool) -> dict[int, np.ndarray]:
     a, made = site.affine, {}
     turned = bool(site.get("transB"))
     bias = _read(site, 2) * site.get("beta") if site.given(2) else np.zeros(1)
-    if added:
+    if added and site.forward:
+        w = _read(site, 1).T if turned else _read(site, 1)
+        made[2] = bias + site.get("alpha") * (np.broadcast_to(a.shift, len(w)) @ w)
+    elif added:
         made[2] = bias * a.scale + a.shift
-        if site.forward:
-            w = _read(site, 1).T if turned else _read(site, 1)
-            made[2] = bias + site.get("alpha") * (np.broadcast_to(a.shift, len(w)) @ w)
     if a.has_scale:
         rows = site.forward != turned
         made[1] = _read(site, 1) * (a.scale[:, None] if rows else a.scale)

@@ -76,7 +76,7 @@ def split_shift(site: Site) -> tuple[Affine, Affine] | str:
     if not a.has_scale:
         return f"a shift does not pass {site.node.op}"
     size = np.abs(a.scale)
-    if site.forward and size.max() > SPREAD * size.min():
+    if site.forward and (not size.min() or size.max() > SPREAD * size.min()):
         return f"a shift does not pass {site.node.op} and cannot be parted from scales of 0 or very different size"
     return a.scale_only(), a.shift_only(before=site.forward)
 
