@@ -106,9 +106,9 @@ def pool(b: Builder) -> None:
 
 def convolution(b: Builder) -> None:
     spatial, channels = len(b.shape) - 2, b.shape[1]
-    if spatial < 1:
-        return
     op, kernel = b.pick("Conv", "Conv", "ConvTranspose"), b.pick(1, 2, 3)
+    if spatial < 1 or min(b.shape[2:]) < kernel:
+        return
     groups = b.pick(*[g for g in (1, 2, channels) if channels % g == 0])
     each = b.pick(1, 2)
     shape = (groups * each, channels // groups) if op == "Conv" else (channels, each)
