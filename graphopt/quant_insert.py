@@ -64,7 +64,10 @@ def insert(work: Inserter) -> None:
         if "s8" in {row.dtype for row in unit.row.inputs.values()}:
             _weights(work, unit)
         _rewire(work, unit)
-    remove_nodes(work.model.graph, work.dead)
+    outputs = {id(t) for g in work.model.graphs() for t in g.outputs}
+    made = [n for n in work.model.graph.nodes if n.op == "DequantizeLinear"]
+    unread = [n for n in made if not n.outputs[0].outputs and id(n.outputs[0]) not in outputs]  # only integers are read there
+    remove_nodes(work.model.graph, [*work.dead, *unread])
 
 
 def _pair(work: Inserter, tensor: gs.Tensor) -> None:

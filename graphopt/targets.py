@@ -15,6 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.errors import OptionError
+from graphopt.quant import QOPS
 from graphopt.registry import suggest
 
 ENTRY_POINTS = "graphopt.targets"
@@ -70,10 +71,26 @@ def _no(*ops: str, reason: str) -> dict[str, Support]:
 
 
 def _thin_stem(node: gs.Node) -> str:
-    """onnxruntime's INT8 Conv gathers patches byte by byte where a pixel has 1-3 channels; its float Conv has a kernel for them."""
+    """onnxruntime's INT8 Conv gathers patches byte by byte where a pixel has 1-3 channels; its float Conv has a kernel for them.
+
+    Not where the result runs through several residual sums: if it does not come from an INT8 Conv, onnxruntime keeps all of them in
+    NCHW, with two transposes around each INT8 Conv, which costs more.
+    """
     weight = node.inputs[1].shape
     thin = int(node.attrs.get("group", 1)) == 1 and weight[1] <= 3 and weight[1] < np.prod(weight[1:]) <= _PATCH
-    return "a first convolution of 1-3 channels: INT8 takes up to twice as long as float" if thin else ""
+    return "a first convolution of 1-3 channels: INT8 takes up to twice as long as float" if thin and _sums(node) < 2 else ""
+
+
+def _sums(node: gs.Node) -> int:
+    """How many Add nodes the output reaches without passing a Conv, MatMul or Gemm."""
+    seen: dict[int, gs.Node] = {}
+    stack = [node]
+    while stack:
+        readers = [reader for tensor in stack.pop().outputs for reader in tensor.outputs]
+        fresh = [r for r in readers if id(r) not in seen and not (r.op in QOPS and QOPS[r.op].heavy)]
+        seen.update((id(r), r) for r in fresh)
+        stack += fresh
+    return sum(n.op == "Add" for n in seen.values())
 
 
 _PATCH = 150  # inputs of one output, as measured: 7x7x3
