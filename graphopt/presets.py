@@ -23,6 +23,12 @@ PRESETS: dict[str, Preset] = {
     "cleanup": Preset(CLEANUP, "exact simplification: fewer nodes, the same outputs", repeat=True),
     "fold": Preset(f"{CLEANUP}, fold-bn, fold-scales", "cleanup, and per-channel scales folded into the weights", repeat=True),
     "int8": Preset("fold, quantize", "fold, then INT8 (needs calibration data)"),
-    "prune": Preset("fold, prune-channels ratio=0.25, cleanup", "fold, then a quarter of every prunable group removed"),
-    "prune-int8": Preset("prune, quantize", "prune, then INT8 (needs calibration data)"),
+    "prune": Preset(
+        "fold, prune-channels macs=0.8 scope=global, cleanup",
+        "fold, then the least important channels removed until 80 % of the MACs stay",
+    ),
+    "prune-int8": Preset(
+        "fold, prune-channels macs=0.8 scope=global criterion=activation, cleanup, quantize",
+        "the same with importance measured on calibration data, then INT8",
+    ),
 }
