@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.context import Context
 from graphopt.dims import Group, Slice
+from graphopt.edit import peek
 from graphopt.errors import OptionError
 from graphopt.model import Model
 from graphopt.probes import mean_magnitudes
@@ -84,7 +85,7 @@ def _magnitude(model: Model, groups: Sequence[Group], power: int) -> Scores:
     for group in groups:
         total = np.zeros(len(group.units))
         for constant, part in matrices(tensors, group):
-            total += relative(per_unit(group, part.labels, along(constant.values, part.axis, power)))
+            total += relative(per_unit(group, part.labels, along(peek(constant), part.axis, power)))
         scores.append(total ** (1 / power))
     return scores
 
@@ -141,7 +142,7 @@ def activation(model: Model, context: Context, groups: Sequence[Group]) -> Score
         if known:
             scores[i] = np.zeros(len(group.units))
             for constant, part, mean in known:
-                norms = np.sqrt(along(constant.values, part.axis, 2))
+                norms = np.sqrt(along(peek(constant), part.axis, 2))
                 scores[i] += relative(per_unit(group, part.labels, norms * mean))
     context.facts["groups_without_activations"] = fallbacks
     return scores

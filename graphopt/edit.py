@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.proto import Weights
+
 
 @dataclass(frozen=True)
 class Wiring:
@@ -124,6 +126,12 @@ def constant_value(tensor: gs.Tensor) -> np.ndarray | None:
         value = tensor.inputs[0].attrs.get("value")
         return np.asarray(value.values) if isinstance(value, gs.Constant) else None
     return None
+
+
+def peek(constant: gs.Constant) -> np.ndarray:
+    """The values, without keeping in memory what was not there before: `constant.values` maps an external weight for good."""
+    values = constant._values
+    return np.asarray(values.load() if isinstance(values, Weights) else constant.values)
 
 
 def producer(tensor: gs.Tensor, *ops: str) -> gs.Node | None:

@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.attributes import op_key
 from graphopt.cost import costs, weights
+from graphopt.edit import peek
 from graphopt.model import Model
 from graphopt.proto import subgraphs
 from graphopt.shapes import Shapes
@@ -189,7 +190,7 @@ def _denormals(model: Model) -> Denormals:
     for constant in weights(model):
         if np.dtype(constant.dtype) not in (np.float32, np.float64):  # CPUs widen float16 before computing
             continue
-        magnitude = np.abs(constant.values)
+        magnitude = np.abs(peek(constant))
         total += magnitude.size
         count = int(np.count_nonzero((magnitude > 0) & (magnitude < np.finfo(constant.dtype).tiny)))
         if count:

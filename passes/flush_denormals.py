@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.context import Context
-from graphopt.edit import replace_uses
+from graphopt.edit import peek, replace_uses
 from graphopt.model import Model
 from graphopt.registry import register
 
@@ -29,7 +29,7 @@ def flush_denormals(model: Model, context: Context) -> int:
         limit = _smallest_normal(np.dtype(constant.dtype))
         if limit is None or id(constant) in outputs:
             continue
-        values = np.asarray(constant.values)
+        values = peek(constant)
         count = _count(values, limit)
         if count:
             clean = values.copy()

@@ -10,18 +10,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.context import Context
-from graphopt.edit import replace_uses
+from graphopt.edit import peek, replace_uses
 from graphopt.model import Model
-from graphopt.proto import Weights
 from graphopt.registry import register
 
 SAMPLE = 256  # elements read first; only tensors that agree on them are read whole
-
-
-def peek(constant: gs.Constant) -> np.ndarray:
-    """The values, without keeping in memory what was not there before."""
-    values = constant._values
-    return np.asarray(values.load() if isinstance(values, Weights) else constant.values)
 
 
 def _sample_key(constant: gs.Constant) -> Hashable:
