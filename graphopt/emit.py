@@ -87,7 +87,7 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False, external: b
         return [target]
     data = target.with_name(target.name + ".data")
     check_target(data, overwrite=overwrite)
-    if data.exists() and any(data.samefile(f) for f in _sources(model)):
+    if data.exists() and any(data.samefile(f) for f in sources(model)):
         raise ModelError(f"{data} holds the weights of the model that is read; give the output another name")
     with atomic(target) as main, atomic(data) as weights:
 
@@ -104,7 +104,7 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False, external: b
     return [target, data]
 
 
-def _sources(model: Model) -> set[Path]:
+def sources(model: Model) -> set[Path]:
     """The external files that weights are still read from."""
     lazy = [c._values.tensor for c in model.constants() if isinstance(c._values, Weights)]
     external = [t for t in lazy if isinstance(t, onnx.TensorProto) and t.data_location == onnx.TensorProto.EXTERNAL]

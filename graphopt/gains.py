@@ -7,20 +7,22 @@ import math
 import platform
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
 from graphopt.compare import OutputDifference, differences
+from graphopt.emit import sources
 from graphopt.errors import DataError, ModelError
 from graphopt.measure import Latency, cpu_features, latency, peak_memory
 from graphopt.model import Model
 from graphopt.report import Environment, LatencyRow, ModelRow, OutputRow, QualityRow, Report
-from graphopt.runtime import run, runnable, session
+from graphopt.runtime import Feed, run, runnable, session
 
 if TYPE_CHECKING:
     from graphopt.api import Figures, Settings
@@ -43,6 +45,8 @@ def environment() -> Environment:
 def model_row(model: Model, costs: Figures) -> ModelRow:
     """The figures that need no run."""
     size = model.path.stat().st_size if model.path and model.path.is_file() else None
+    if size is not None:
+        size += sum(f.stat().st_size for f in sources(model))
     return ModelRow(
         path=str(model.path) if model.path else None,
         nodes=len(model.nodes()),
@@ -69,8 +73,7 @@ def measure_gains(
     with contextlib.ExitStack() as stack:
         try:
             contents = [stack.enter_context(runnable(m)) for m in (original, work)]
-            runners = [session(c, threads=0) for c in contents]
-            _outputs(report, runners, original, evaluation or calibration)
+            _outputs(report, contents, original, evaluation or calibration)
         except (ModelError, DataError) as error:
             if isinstance(error, DataError) and (
                 evaluation or calibration
@@ -81,8 +84,7 @@ def measure_gains(
         report.before = report.before.model_copy(update={"file_bytes": report.before.file_bytes or _size(contents[0])})
         report.after = report.after.model_copy(update={"path": None, "file_bytes": _size(contents[1])})
         if evaluation is not None and scored is not None:
-            _quality(report, runners[1], evaluation, scored, settings)
-        del runners
+            _quality(report, session(contents[1], threads=0), evaluation, scored, settings)
         if settings.measure:
             _speed(report, contents, original, evaluation or calibration)
     report.warnings += _kernels_that_ran(work)
@@ -94,13 +96,25 @@ def _size(content: bytes | Path) -> int:
     return sum(p.stat().st_size for p in content.parent.iterdir())
 
 
-def _outputs(report: Report, runners: Sequence[object], model: Model, data: Dataset | None) -> None:
+def _large(contents: Sequence[bytes | Path]) -> bool:
+    """Over 2 GB: two sessions side by side could take more memory than there is, so only one is held at a time."""
+    return any(isinstance(c, Path) for c in contents)
+
+
+def _outputs(report: Report, contents: Sequence[bytes | Path], model: Model, data: Dataset | None) -> None:
     from graphopt.api import check_feeds
 
     names = [t.name for t in model.graph.outputs]
     feeds = check_feeds(model, data, COMPARE_ROWS if data else 2)
-    pairs = ((run(runners[0], feed, names), run(runners[1], feed, names)) for feed in feeds)
+    first, second = (_answers(c, feeds, names) for c in contents)
+    pairs = zip(list(first), second, strict=True) if _large(contents) else zip(first, second, strict=True)
     report.outputs = [_output_row(d) for d in differences(names, pairs)]
+
+
+def _answers(content: bytes | Path, feeds: Sequence[Feed], names: Sequence[str]) -> Iterator[list[Any]]:
+    runner = session(content, threads=0)
+    for feed in feeds:
+        yield run(runner, feed, names)
 
 
 def _output_row(d: OutputDifference) -> OutputRow:
@@ -140,8 +154,8 @@ def _quality(report: Report, runner: object, evaluation: Dataset, scored: np.nda
 def _speed(report: Report, contents: Sequence[bytes | Path], model: Model, data: Dataset | None) -> None:
     from graphopt.api import check_feeds
 
-    feed: Mapping[str, np.ndarray] = check_feeds(model, data, 1)[0]
-    rows = latency(contents, feed)
+    feed = check_feeds(model, data, 1)[0]
+    rows = _one_by_one(contents, feed) if _large(contents) else latency(contents, feed)
     report.speedup = rows[1].speedup
     peaks: list[int | None] = [None, None]
     try:
@@ -158,6 +172,12 @@ def _speed(report: Report, contents: Sequence[bytes | Path], model: Model, data:
             f"{what} is SLOWER than the original here: {rows[1].speedup:.2f}x its speed "
             f"({rows[0].p50_ms:.3f} -> {rows[1].p50_ms:.3f} ms, batch {rows[0].batch}, {rows[0].threads} thread)"
         )
+
+
+def _one_by_one(contents: Sequence[bytes | Path], feed: Feed) -> list[Latency]:
+    """Latencies measured one after the other; the speed-up is of medians, not paired."""
+    first, second = (latency([c], feed)[0] for c in contents)
+    return [first, replace(second, speedup=first.p50_ms / second.p50_ms)]
 
 
 def _as_file(content: bytes | Path, path: Path) -> Path:
