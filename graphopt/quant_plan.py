@@ -186,7 +186,7 @@ def _is_bias(node: gs.Node, unit: Unit) -> bool:
         return False
     columns = unit.node.inputs[1].shape[-1]
     constants = [t for t in node.inputs if isinstance(t, gs.Constant)]
-    return len(constants) == 1 and tuple(constants[0].shape[-1:]) == (columns,) and np.prod(constants[0].shape) == columns
+    return len(constants) == 1 and tuple(constants[0].shape) == (columns,)
 
 
 def _without_islands(units: list[Unit], wiring: Wiring, result: Plan, reject: Reject) -> list[Unit]:

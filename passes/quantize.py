@@ -53,8 +53,10 @@ def quantize(
         raise PassError("quantize", f"the model is quantised already ({found}); give the float model it was made from")
     if context.calibration is None:
         raise PassError("quantize", "needs calibration data: give rows of typical inputs")
-    raise_opset(model, OPSET, context)
-    work = plan(model, context.get(shapes, model), target, Selection(include, exclude, include_ops, exclude_ops), context.reject)
+    selection = Selection(include, exclude, include_ops, exclude_ops)
+    if model.opset < OPSET and plan(model, context.get(shapes, model), target, selection, lambda node, reason: None).units:
+        raise_opset(model, OPSET, context)  # only where something will be quantised: 0 changes mean an untouched model
+    work = plan(model, context.get(shapes, model), target, selection, context.reject)
     if not work.units:
         context.facts.update(_facts(work, {}, target, method))
         return 0

@@ -75,9 +75,8 @@ def test_zero_channel_and_bias_beyond_int32() -> None:
     ],
 )  # fmt: skip
 def test_a_node_that_does_not_fit_its_row_says_why(body: str, op: str, reason: str) -> None:
-    arrays: dict[str, Any] = {k: normal(4, 4) for k in ("w",) if " w)" in body or "(w" in body} | {
-        k: normal(4) for k in "b" if " b)" in body
-    }
+    shapes_of = {"w": (4, 4), "b": (4,)}
+    arrays: dict[str, Any] = {k: normal(*shape) for k, shape in shapes_of.items() if f" {k})" in body or f"({k}" in body}
     if "Resize" in body:
         arrays = {"s": np.array([1, 1, 2, 2], np.float32)}
     planned = _plan(build(body, **arrays))

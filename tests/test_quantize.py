@@ -12,7 +12,7 @@ import pytest
 from quant_cases import build, error, fused, initializer, normal, rows, run_quantize, scale_and_zero
 
 from graphopt.context import Context
-from graphopt.errors import GraphoptError, PassError
+from graphopt.errors import GraphoptError, ModelError, PassError
 from graphopt.model import from_proto
 from graphopt.registry import find
 from graphopt.targets import OPENVINO, ORT_CPU_NO_VNNI, TENSORRT
@@ -210,6 +210,27 @@ def test_old_opset_is_raised() -> None:
     model, _ = run_quantize(proto)
     assert model.opset == 13
     assert error(proto, model, rows(proto)) < 0.02
+
+
+def test_old_opset_stays_where_nothing_is_quantised() -> None:
+    model, _ = run_quantize(build("g (float[N,4] x) => (float[N,4] y) { y = Exp(x) }", opset=9))
+    assert model.opset == 9
+
+
+def test_opset_that_cannot_be_raised_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
+        raise RuntimeError("no adapter")
+
+    monkeypatch.setattr("onnx.version_converter.convert_version", fail)
+    with pytest.raises(ModelError, match="opset 13 is needed and the model has 9; onnx's converter fails .no adapter."):
+        run_quantize(build(CONV, opset=9, w=W, b=B))
+
+
+def test_converted_model_must_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = build(CONV, opset=13, w=W * 2, b=B)
+    monkeypatch.setattr("onnx.version_converter.convert_version", lambda model, version: wrong)
+    with pytest.raises(ModelError, match="converter changes output 'y'"):
+        run_quantize(build(CONV, opset=9, w=W, b=B))
 
 
 def test_tensorrt_is_symmetric_with_float_bias_and_keeps_relu() -> None:
