@@ -176,6 +176,21 @@ def pad_shift(site: Site) -> bool:
     return site.get("mode") != "constant" or (pads is not None and all(p <= 0 for p in pads))
 
 
+def blocks(site: Site, a: Affine) -> Carried:
+    """DepthToSpace and SpaceToDepth: one channel of the image is blocksize ** 2 channels of the other side."""
+    if a.axis != 1:
+        return unmoved(site, a) if a.axis in (None, 0) else "a block of pixels is cut across its axis"
+    count, to_depth = site.get("blocksize") ** 2, site.node.op == "SpaceToDepth"
+    inner = site.get("mode") == "CRD"  # the channel is the outer index of the depth, else the inner one
+    if site.forward == to_depth:
+        size = len(a.scale)
+        return [(0, a.indexed(np.repeat(np.arange(size), count) if inner else np.tile(np.arange(size), count), 1))]
+    index = np.arange(len(a.scale)).reshape((-1, count) if inner else (count, -1))
+    index = index if inner else index.T
+    equal = all((v[index] == v[index[:, :1]]).all() for v in (a.scale, a.shift))
+    return [(0, a.indexed(index[:, 0], 1))] if equal else f"the pixels of one channel of {site.node.op} are mapped differently"
+
+
 def resized(site: Site, a: Affine) -> Carried:
     """Interpolation weights sum to 1, except outside a cropped region."""
     if site.get("coordinate_transformation_mode") == "tf_crop_and_resize":

@@ -123,8 +123,10 @@ def rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
         return None
     if dtype != np.float64 and values.size:
         rows = values.shape[0] if values.ndim > 1 else 1
-        error = np.abs(result.astype(np.float64) - values).reshape(rows, -1).max(axis=1)
-        largest = np.abs(values).reshape(rows, -1).max(axis=1)
+        error = result.astype(np.float64).reshape(rows, -1)
+        values = values.reshape(rows, -1)
+        error -= values  # in place: weights may be large
+        error, largest = (np.maximum(v.max(axis=1), -v.min(axis=1)) for v in (error, values))
         if ((error > LOST * np.finfo(dtype).eps * largest) & (error > 1e-30)).any():
             return None
     return result

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.affine import Affine, affine
-from graphopt.affine_axes import concatenated, gathered, pad_shift, padded, reshaped, resized, sliced, split, transposed
+from graphopt.affine_axes import blocks, concatenated, gathered, pad_shift, padded, reshaped, resized, sliced, split, transposed
 from graphopt.affine_moves import Carried, Carry, Move, Site, split_shift, unmoved
 from graphopt.attributes import op_key
 
@@ -152,6 +152,7 @@ THROUGH: dict[str, Through] = {
     "Add": Through(_summed, widens=True),
     "AveragePool": Through(_pooled, shift=_average_shift, widens=True),
     "Concat": Through(concatenated),
+    "DepthToSpace": Through(blocks),
     "Div": Through(_multiplied, shift=_never, widens=True),
     "Dropout": _SAME,
     "Flatten": _ORDER,
@@ -173,6 +174,7 @@ THROUGH: dict[str, Through] = {
     "Reshape": _ORDER,
     "Resize": Through(resized),
     "Slice": Through(sliced),
+    "SpaceToDepth": Through(blocks),
     "Split": Through(split),
     "Squeeze": _ORDER,
     "Sub": Through(_summed, widens=True),

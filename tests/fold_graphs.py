@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,25 +133,49 @@ def product(b: Builder) -> None:
         b.add("MatMul", b.normal(3, b.shape[-2]), b.top)
 
 
+def pad(b: Builder) -> None:
+    rank = len(b.shape)
+    widths = np.zeros(2 * rank, np.int64)
+    widths[b.pick(*range(2 * rank))] = 1
+    b.add("Pad", b.top, b.constant(widths), mode=b.pick("constant", "edge"))
+
+
+def slice_channels(b: Builder) -> None:
+    b.add("Slice", b.top, *(b.constant(np.array([v])) for v in (1, b.shape[1], 1, b.pick(1, 2))))
+
+
+def split_channels(b: Builder) -> None:
+    """As the heads of attention."""
+    if b.shape[1] % 2 == 0:
+        b.add("Reshape", b.top, b.constant(np.array([b.shape[0], 2, b.shape[1] // 2, *b.shape[2:]])))
+
+
+def to_space(b: Builder) -> None:
+    if len(b.shape) == 4 and b.shape[1] % 4 == 0:
+        b.add("DepthToSpace", b.top, blocksize=2, mode=b.pick("DCR", "CRD"))
+
+
+def to_depth(b: Builder) -> None:
+    if len(b.shape) == 4 and not (b.shape[2] % 2 or b.shape[3] % 2):
+        b.add("SpaceToDepth", b.top, blocksize=2)
+
+
+# (first opset in this form, step)
+MOVES: list[tuple[int, Callable[[Builder], object]]] = [
+    (7, lambda b: b.add("Transpose", b.top, perm=b.draw(st.permutations(range(len(b.shape)))))),
+    (7, lambda b: b.add("Flatten", b.top, axis=1)),
+    (7, lambda b: b.add("Reshape", b.top, b.constant(np.array([0, b.shape[1], -1])))),
+    (7, split_channels),
+    (7, to_depth),
+    (10, slice_channels),
+    (11, pad),
+    (11, to_space),
+    (13, lambda b: b.add("Unsqueeze", b.top, b.constant(np.array([len(b.shape)])))),
+]
+
+
 def moved(b: Builder) -> None:
-    rank, shape = len(b.shape), b.shape
-    kind = b.pick("Transpose", "Flatten", "Reshape", "Merge", "Slice", "Pad", "Unsqueeze")
-    if kind == "Transpose":
-        b.add(kind, b.top, perm=b.draw(st.permutations(range(rank))))
-    elif kind == "Flatten":
-        b.add(kind, b.top, axis=1)
-    elif kind == "Reshape":
-        b.add("Reshape", b.top, b.constant(np.array([0, shape[1], -1])))
-    elif kind == "Merge" and shape[1] % 2 == 0:
-        b.add("Reshape", b.top, b.constant(np.array([shape[0], 2, shape[1] // 2, *shape[2:]])))
-    elif kind == "Slice" and b.opset >= 10:
-        b.add(kind, b.top, *(b.constant(np.array([v])) for v in (1, shape[1], 1, b.pick(1, 2))))
-    elif kind == "Pad" and b.opset >= 11:
-        widths = np.zeros(2 * rank, np.int64)
-        widths[b.pick(*range(2 * rank))] = 1
-        b.add(kind, b.top, b.constant(widths), mode=b.pick("constant", "edge"))
-    elif kind == "Unsqueeze" and b.opset >= 13:
-        b.add(kind, b.top, b.constant(np.array([rank])))
+    b.pick(*[step for opset, step in MOVES if b.opset >= opset])(b)
 
 
 def joined(b: Builder) -> None:

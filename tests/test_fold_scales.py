@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cases import assert_pass, parse
+from cases import assert_pass, parse, run
 
 from graphopt.affine import affine
 from graphopt.affine_axes import follow_reshape
@@ -21,6 +21,7 @@ def graph(body: str, constants: str, out: str = "N,2,4,4", given: str = "N,2,4,4
 
 
 W = "float[2,2,1,1] w = {1, 2, 3, 4}"
+UP = "float[4,2,1,1] w = {1, 2, 3, 4, 5, 6, 7, 8}"
 W3 = "float[1,2,3,3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 8, 7, 6, 5, 4, 3, 2, 1}"
 W3_DOUBLED = "float[1,2,3,3] w = {2, 4, 6, 8, 10, 12, 14, 16, 18, 18, 16, 14, 12, 10, 8, 6, 4, 2}"
 M = "float[2,2] w = {1, 2, 3, 4}"
@@ -142,6 +143,14 @@ FOLDED = {
             " y, int64[4] z) <",
         ),
         graph("y = Conv(x, w) z = Shape(y)", "float[2,2,1,1] w = {2, 4, 6, 8}").replace(" y) <", " y, int64[4] z) <"),
+    ),
+    "past DepthToSpace": (
+        graph("a = Conv(x, w) b = DepthToSpace<blocksize = 2>(a) y = Mul(b, s)", f"{UP}, float s = {{2}}", "N,1,8,8"),
+        graph("a = Conv(x, w) y = DepthToSpace<blocksize = 2>(a)", "float[4,2,1,1] w = {2, 4, 6, 8, 10, 12, 14, 16}", "N,1,8,8"),
+    ),
+    "a copy of the input": (
+        graph("a = Mul(x, s) y = Div(a, s)", "float s = {2}"),
+        "g (float[N,2,4,4] x) => (float[N,2,4,4] y) { y = Identity(x) }",
     ),
     "a chain that nothing absorbs": (
         graph("a = Mul(x, s) b = Add(a, t) c = Div(b, s) y = Sub(c, t)", "float s = {2}, float[2,1,1] t = {2, 4}"),
@@ -293,3 +302,27 @@ def test_rounding_once_or_not_at_all() -> None:
     np.testing.assert_array_equal(rounded(np.array([[1e-50, 1.0]]), FLOAT32), np.array([[0, 1]], np.float32))
     assert rounded(np.array([[1e39]]), FLOAT32) is None
     assert rounded(np.array([[1e-7], [1.0]]), np.dtype(np.float16)) is None
+
+
+@pytest.mark.parametrize("mode", ["DCR", "CRD"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_depth_to_space_by_index(mode: str, channels: int) -> None:
+    """Scales that differ from channel to channel."""
+    random = np.random.default_rng(0)
+    deep = 4 * channels
+    text = (
+        f"g (float[1,2,3,3] x) => (float[1,{channels},6,6] y)"
+        f" <float[{deep},2,1,1] w, float[{channels},1,1] s, float[{channels},1,1] t>"
+        f'{{ a = Conv(x, w) b = DepthToSpace<blocksize = 2, mode = "{mode}">(a) c = Mul(b, s) y = Add(c, t) }}'
+    )
+    for name, count in (("w", deep * 2), ("s", channels), ("t", channels)):
+        end = ">" if name == "t" else ","
+        text = text.replace(f" {name}{end}", f" {name} = {{{numbers(random, count)}}}{end}", 1)
+    model, _ = folded(text)
+    assert [n.op for n in model.nodes()] == ["Conv", "DepthToSpace"]
+    inputs = {"x": random.standard_normal((1, 2, 3, 3)).astype(np.float32)}
+    np.testing.assert_allclose(run(model.proto(), inputs)[0], run(parse(text).proto(), inputs)[0], rtol=1e-5, atol=1e-5)
+
+
+def numbers(random: np.random.Generator, count: int) -> str:
+    return ", ".join(f"{v:.3f}" for v in random.standard_normal(count))
