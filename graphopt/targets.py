@@ -43,7 +43,8 @@ class Target:
     """Types and ops of one runtime. Ops are keyed as in `op_key`; `unlisted` is the reason for every op without a row.
 
     `symmetric`: activations have zero point 0 (or the middle of u8). `weight_bits`: 7 leaves headroom in 16-bit accumulation.
-    `bias`: s32 with scale input x weight, or float. `why`: the reason of each of these settings by field name.
+    `bias`: s32 with scale input x weight, or float. `tables`: embedding tables may be int8.
+    `why`: the reason of each of these settings by field name.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Target:
     weight_bits: Literal[7, 8] = 8
     per_channel: bool = True
     bias: Literal["s32", "float"] = "s32"
+    tables: bool = True
     why: Mapping[str, str] = field(default_factory=dict)
 
     def support(self, op: str) -> Support:
@@ -151,6 +153,7 @@ _TENSORRT: dict[str, Support] = {
 }
 
 _PER_CHANNEL = "a channel of small weights keeps its resolution, and it costs no time"
+_TABLES = "a quarter of the bytes; only the rows found are dequantised"
 _SATURATES = "vpmaddubsw adds two u8 x s8 products in 16 bits and saturates: 2 x 255 x 127 does not fit, 2 x 255 x 63 does"
 
 ORT_CPU = Target(
@@ -164,6 +167,7 @@ ORT_CPU = Target(
         "weight_bits": "VNNI adds in 32 bits: no headroom needed",
         "per_channel": _PER_CHANNEL,
         "bias": "added to the int32 sum at scale input x weight; onnxruntime before 1.21 does not fuse a float bias",
+        "tables": _TABLES,
     },
 )
 ORT_CPU_NO_VNNI = replace(
@@ -185,6 +189,7 @@ OPENVINO = Target(
         "weight_bits": "oneDNN scales by itself where there is no VNNI",
         "per_channel": _PER_CHANNEL,
         "bias": "the plugin fuses a float bias behind the INT8 sum, and it takes less room",
+        "tables": _TABLES,
     },
 )
 TENSORRT = Target(
@@ -195,12 +200,14 @@ TENSORRT = Target(
     activation="s8",
     symmetric=True,
     bias="float",
+    tables=False,
     why={
         "activation": "INT8 in TensorRT is signed",
         "symmetric": "TensorRT rejects zero points other than 0",
         "weight_bits": "tensor cores add in 32 bits: no headroom needed",
         "per_channel": _PER_CHANNEL,
         "bias": "its parser refuses DequantizeLinear of int32 ('only activation types allowed as input to this layer')",
+        "tables": "a Gather of int8 constants is not one of its quantised layers",
     },
 )
 BUILTIN: Mapping[str, Target] = {t.name: t for t in (ORT_CPU, ORT_CPU_NO_VNNI, OPENVINO, TENSORRT)}

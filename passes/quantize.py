@@ -19,6 +19,7 @@ from graphopt.quant_bias import channel_means, corrected
 from graphopt.quant_insert import Inserter, insert
 from graphopt.quant_numbers import Parameters, parameters
 from graphopt.quant_plan import Plan, Selection, plan
+from graphopt.quant_tables import quantise_tables
 from graphopt.registry import register
 from graphopt.runtime import runnable
 from graphopt.shapes import shapes
@@ -68,7 +69,9 @@ def quantize(
     numbers = _parameters(work, statistics, dtype, target, method, percentile)
     context.facts.update(_facts(work, numbers, target, method))
     insert(Inserter(model, work, target, numbers, per_channel and target.per_channel, Names(model), means))
-    return len(work.units)
+    tables = quantise_tables(model, selection) if target.tables else []
+    context.facts["tables"] = tables
+    return len(work.units) + len(tables)
 
 
 def _parameters(

@@ -15,7 +15,7 @@ from graphopt.context import Context
 from graphopt.errors import GraphoptError, ModelError, PassError
 from graphopt.model import from_proto
 from graphopt.registry import find
-from graphopt.targets import OPENVINO, ORT_CPU_NO_VNNI, TENSORRT
+from graphopt.targets import OPENVINO, ORT_CPU_NO_VNNI, TENSORRT, Target
 
 W = normal(16, 16, 3, 3, scale=0.1)
 B = normal(16, scale=0.1)
@@ -126,6 +126,17 @@ def test_pad_moves_integers(tmp_path: Path) -> None:
     ops = fused(model, tmp_path)
     assert ops.count("QuantizeLinear") == ops.count("DequantizeLinear") == 1
     assert "Pad" in ops
+    assert error(proto, model, rows(proto)) < 0.03
+
+
+@pytest.mark.parametrize(("target", "dtype"), [(OPENVINO, np.int8), (TENSORRT, np.float32)])
+def test_embedding_tables_are_int8_where_the_target_takes_them(target: Target, dtype: type) -> None:
+    text = """g (float[N,16] x, int64[N] i, float[5000,16] t, float[16,16] w) => (float[N,16] y) {
+        e = Gather(t, i) m = MatMul(x, w) y = Add(m, e) }"""
+    proto = build(text, t=normal(5000, 16), w=normal(16, 16), i=np.arange(8) * 600)
+    model, context = run_quantize(proto, target=target)
+    assert next(n for n in model.nodes() if n.op == "Gather").inputs[0].dtype == dtype
+    assert context.facts["tables"] == (["t"] if dtype is np.int8 else [])
     assert error(proto, model, rows(proto)) < 0.03
 
 
