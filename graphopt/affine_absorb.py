@@ -82,6 +82,8 @@ def _convolution(layout: Layout, blocks_shift: Callable[[Site], bool], site: Sit
         return f"it is not per channel of {site.node.op}"
     if not isinstance(site.node.inputs[1], gs.Constant):
         return f"input 1 of {site.node.op} is not a constant"
+    if site.given(2) and isinstance(site.node.inputs[2], gs.Constant) and len(site.node.inputs[2].shape) != 1:
+        return f"the bias of {site.node.op} is not a vector"
     if site.forward and a.has_shift and blocks_shift(site):
         parts = split_shift(site)
         if isinstance(parts, str):

@@ -287,6 +287,9 @@ def _count_node(node: gs.Node, rule: Rule, shapes: Shapes, counted: list[NodeCos
     except _UnknownError as reason:
         uncounted.append((node.name, str(reason)))
         return 0
+    except (ArithmeticError, IndexError, KeyError, TypeError, ValueError):  # a malformed node
+        uncounted.append((node.name, f"{node.op} is not as its rule expects"))
+        return 0
     macs = sum(t.factor * prod((shapes.static(name) or ())[axis] for name, axis in t.axes) for t in terms)
     if macs:
         counted.append(NodeCost(node.name, op_key(node), macs, terms))

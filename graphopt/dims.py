@@ -17,9 +17,12 @@ from graphopt.dim_labels import NO_LABELS, ONE, Dims, Labels, Pin, is_one
 from graphopt.dim_rules import DIM_RULES, Axes, PinError, Site
 from graphopt.model import Model
 from graphopt.proto import subgraphs, walk
-from graphopt.shapes import shapes
+from graphopt.shapes import Shapes, shapes
 
 __all__ = ["Dims", "Group", "Pin", "Slice", "couple", "groups"]
+
+
+MAX_AXIS = 1 << 24  # indices of an axis that carry labels; the largest vocabularies have a million
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def couple(model: Model) -> Dims:
 
     Graph inputs and outputs stay. Bodies of control flow take part; what goes into and out of them stays.
     """
-    dims = Dims(shapes(model))
+    dims = Dims(_bounded(shapes(model)))
     for graph in model.graphs():
         for tensor in graph.inputs:
             dims.pin_tensor(tensor.name, f"graph input '{tensor.name}'")
@@ -64,11 +67,18 @@ def couple(model: Model) -> Dims:
     return dims
 
 
+def _bounded(known: Shapes) -> Shapes:
+    """Axes too long for labels, as damaged models declare them, count as unknown."""
+    far = {name: shape for name, shape in known.shapes.items() if any(isinstance(d, int) and d > MAX_AXIS for d in shape)}
+    cut = {n: tuple(f"?{n}:{i}" if isinstance(d, int) and d > MAX_AXIS else d for i, d in enumerate(s)) for n, s in far.items()}
+    return Shapes({**known.shapes, **cut}, known.dtypes, known.values)
+
+
 def _apply(node: gs.Node, dims: Dims, opset: int) -> None:
     site = Site(node, dims, opset)
     try:
         results = _results(site)
-    except (PinError, IndexError, KeyError, TypeError, ValueError) as error:  # the latter from malformed nodes
+    except (PinError, ArithmeticError, IndexError, KeyError, TypeError, ValueError) as error:  # the latter from malformed nodes
         results, reason = [], str(error) if isinstance(error, PinError) else f"{site.op} is not as its rule expects"
         for tensor in (*node.inputs, *node.outputs, *_captured(node, dims)):
             if tensor.name:

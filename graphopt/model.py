@@ -170,6 +170,13 @@ def _reads(node: gs.Node) -> list[gs.Tensor]:
 
 def from_proto(proto: onnx.ModelProto, *, path: Path | None = None) -> Model:
     """Import a ModelProto; raises ModelError with one line on anything broken."""
+    try:
+        return _imported(proto, path)
+    except UnicodeDecodeError as error:  # protobuf looks at text when it is read or written
+        raise ModelError(f"text in the model is not UTF-8 ({error}); is the file complete?") from error
+
+
+def _imported(proto: onnx.ModelProto, path: Path | None) -> Model:
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), MIN_OPSET)
     if not proto.HasField("graph") or proto.ir_version < 1:
         raise ModelError("not an ONNX model: it has no graph or no IR version; is the file complete?")
@@ -251,7 +258,7 @@ def _problem(model: Model, *, full: bool) -> str:
             tensor.shape.SetInParent()
     try:
         onnx.checker.check_model(skeleton, full_check=full)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
         return _first_lines(error)
     return ""
 

@@ -208,14 +208,18 @@ class Importer:
 
 def _check_single_assignment(proto: GraphProto) -> None:
     """Every name is given once: by one input, one initializer (which may be an input's default) or one node output."""
+    texts: list[Any] = [t for n in proto.node for t in (n.op_type, n.name, n.domain, *n.input, *(a.name for a in n.attribute))]
+    for name in (*texts, *(o.name for o in proto.output), *(i.name for i in proto.value_info)):
+        if isinstance(name, bytes):  # what protobuf gives where text is not UTF-8
+            raise ModelError(f"the name {name!r} is not text; is the file complete?")
     writers: dict[str, str] = {}
     initializers = [*(t.name for t in proto.initializer), *(t.values.name for t in proto.sparse_initializer)]
     nodes = [(o, f"node '{n.name}' ({n.op_type})" if n.name else f"a {n.op_type} node") for n in proto.node for o in n.output if o]
     known = {*initializers} & {i.name for i in proto.input}
     given = [(i.name, "a graph input") for i in proto.input] + [(n, "an initializer") for n in initializers if n not in known]
     for name, writer in [*given, *nodes]:
-        if not name:
-            raise ModelError(f"{writer} has no name")
+        if not name or not isinstance(name, str):
+            raise ModelError(f"{writer} has no name, or one that is not text: {name!r}")
         if name in writers:
             raise ModelError(f"tensor '{name}' is written twice: by {writers[name]} and by {writer}")
         writers[name] = writer
@@ -242,9 +246,9 @@ def _constant_tensor(node: NodeProto) -> TensorProto | onnx.SparseTensorProto | 
 
 
 def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
-    if dim.HasField("dim_value"):
+    if dim.HasField("dim_value") and dim.dim_value >= 0:
         return int(dim.dim_value)
-    return dim.dim_param or None
+    return dim.dim_param or None  # some exporters write -1 for an axis of any size, and runtimes read it so
 
 
 def subgraphs(node: gs.Node) -> list[gs.Graph]:

@@ -120,9 +120,12 @@ def _clip_bounds(node: gs.Node) -> tuple[float, float] | None:
     low, high = operand(node, "min", 1), operand(node, "max", 2)
     if not (low.known and high.known):
         return None
+    values = [bound for bound in (low.values, high.values) if bound is not None]
+    if any(np.size(v) != 1 for v in values):
+        return None
     return (
-        -np.inf if low.values is None else float(low.values),
-        np.inf if high.values is None else float(high.values),
+        -np.inf if low.values is None else np.asarray(low.values).item(),
+        np.inf if high.values is None else np.asarray(high.values).item(),
     )
 
 

@@ -165,7 +165,7 @@ class Walker:
     def follow(self, site: Site) -> None:
         """Store the values of the outputs, as far as they are known."""
         if op_key(site.node) == "Split":
-            values = split_values(site)
+            values = _guarded(split_values, site) or []
         elif op_key(site.node) in VALUE_RULES and site.node.outputs:
             values = [self.evaluate(VALUE_RULES[op_key(site.node)], site)]
         else:

@@ -60,7 +60,7 @@ def is_view(node: gs.Node, edit: Edit) -> bool:
     if node.op != "Transpose":
         return node.op in VIEWS
     perm, shape = permutation(node, edit), edit.shape(node.inputs[0])
-    if perm is None or shape is None:
+    if perm is None or shape is None or sorted(perm) != list(range(len(shape))):
         return False
     moved = [p for p in perm if shape[p] != 1]
     return moved == sorted(moved)
@@ -121,9 +121,10 @@ def _merge_axes(node: gs.Node, inner: gs.Node, edit: Edit) -> bool:
 
 
 def permutation(node: gs.Node, edit: Edit) -> list[int] | None:
-    """perm, or its default (reversed) where the rank is known."""
+    """perm, or its default (reversed) where the rank is known; None where it is no permutation."""
     if "perm" in node.attrs:
-        return list(node.attrs["perm"])
+        given = list(node.attrs["perm"])
+        return given if sorted(given) == list(range(len(given))) else None
     rank = edit.shapes.rank(node.inputs[0].name)
     return None if rank is None else list(range(rank))[::-1]
 
@@ -133,7 +134,7 @@ def merge_transposes(node: gs.Node, edit: Edit) -> bool:
     inner = producer(node.inputs[0], "Transpose")
     outer_perm = permutation(node, edit)
     inner_perm = None if inner is None else permutation(inner, edit)
-    if inner is None or outer_perm is None or inner_perm is None:
+    if inner is None or outer_perm is None or inner_perm is None or len(inner_perm) != len(outer_perm):
         return merge_views(node, edit)
     composed = [inner_perm[p] for p in outer_perm]
     if composed == sorted(composed):
@@ -180,6 +181,8 @@ def slice_spans(node: gs.Node, edit: Edit) -> dict[int, Span] | None:
         return None
     rank = edit.shapes.rank(node.inputs[0].name)
     where = list(range(len(starts))) if axes is None else axes
+    if {len(ends), len(where), len(steps or starts)} != {len(starts)}:
+        return None
     if any(a < 0 for a in where) and rank is None:
         return None
     spans = zip(starts, ends, steps or [1] * len(starts), strict=True)

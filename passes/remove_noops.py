@@ -113,7 +113,7 @@ def transpose(node: gs.Node, view: View) -> gs.Tensor | None:
         perm = range(len(shape))[::-1]
     if list(perm) == list(range(len(perm))):
         return node.inputs[0]
-    if shape is None or [shape[p] == 1 for p in perm] != [d == 1 for d in shape]:
+    if shape is None or sorted(perm) != list(range(len(shape))) or [shape[p] == 1 for p in perm] != [d == 1 for d in shape]:
         return None
     moved = [p for p in perm if shape[p] != 1]
     return node.inputs[0] if moved == sorted(moved) else None

@@ -115,12 +115,12 @@ def test_a_model_without_defaults_is_left_alone() -> None:
 # --- flush-denormals
 
 
-def weighted(values: np.ndarray) -> Model:
+def weighted(values: np.ndarray, op: str = "MatMul") -> Model:
     proto = onnx.parser.parse_model(
         '<ir_version: 9, opset_import: ["" : 17]> g (float[N] x) => (float[N] y, float[N] z) { y = Relu(x) }'
     )
     del proto.graph.output[1:]
-    proto.graph.node.add(op_type="Identity", input=["w"], output=["v"])
+    proto.graph.node.add(op_type=op, input=["x", "w"], output=["v"])
     proto.graph.output.add(name="v")
     proto.graph.initializer.append(onnx.numpy_helper.from_array(values, "w"))
     return from_proto(proto)
@@ -143,6 +143,11 @@ def test_denormal_weights_become_zero() -> None:
     np.testing.assert_array_equal(weights_of(model), expected)
     assert given[1] != 0
     assert flush_denormals(model, Context()) == 0
+
+
+@pytest.mark.parametrize("op", ["Div", "Add", "Mul", "Max"])
+def test_a_denormal_that_may_become_a_divisor_stays(op: str) -> None:
+    assert flush_denormals(weighted(np.array([1, 1e-40], np.float32), op), Context()) == 0
 
 
 def test_normal_weights_are_not_touched() -> None:
