@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,12 +26,11 @@ class Builder:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     weights: list[TensorProto] = field(default_factory=list)
 
-    def add(self, op: str, *inputs: str, outputs: int = 1, **attributes: object) -> str:
-        """A node; the name of its first output."""
+    def add(self, op: str, *inputs: str, **attributes: Any) -> str:
+        """A node; the name of its output."""
         number = len(self.nodes)
-        names = [f"t{number}" if i == 0 else f"t{number}_{i}" for i in range(outputs)]
-        self.nodes.append(helper.make_node(op, inputs, names, f"{op}_{number}", **attributes))
-        return names[0]
+        self.nodes.append(helper.make_node(op, inputs, [f"t{number}"], f"{op}_{number}", **attributes))
+        return f"t{number}"
 
     def weight(self, values: object, dtype: type = np.float32) -> str:
         """An initializer; its name."""
@@ -92,7 +91,7 @@ def generated(nodes: int, *, seed: int = 0) -> onnx.ModelProto:
     while len(b.nodes) < nodes:
         y = constants(b, duplicates(b, views(b, convolution(b, x))))
         x = b.add("Tanh", b.add("Add", x, window(b, y, "x")))
-    shape = ["batch", CHANNELS, SIDE, SIDE]
+    shape: list[str | int | None] = ["batch", CHANNELS, SIDE, SIDE]
     graph = helper.make_graph(
         b.nodes,
         f"generated_{nodes}",
@@ -109,10 +108,7 @@ def digits() -> Path:
 
 
 def real(id: str) -> Path:
-    """A model of tests/zoo.py. Raises zoo.Unavailable where it is neither cached nor to be had."""
-    folder = str(Path(__file__).resolve().parents[1] / "tests")
-    if folder not in sys.path:
-        sys.path.append(folder)
+    """A model of tests/zoo.py, which must be on the path. Raises zoo.Unavailable where it is neither cached nor to be had."""
     from zoo import fetch
 
     return fetch(id)
@@ -135,8 +131,8 @@ def external(folder: Path, size: int, *, width: int = WIDTH, hidden: int = HIDDE
                 file.write(block.tobytes())
             tensor = TensorProto(name=f"m{len(b.weights)}", data_type=TensorProto.FLOAT, dims=[rows, columns])
             tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", file.name), ("offset", offset), ("length", 4 * rows * columns)):
-                tensor.external_data.add(key=key, value=Path(value).name if key == "location" else str(value))
+            for key, value in (("location", "big.onnx.data"), ("offset", str(offset)), ("length", str(4 * rows * columns))):
+                tensor.external_data.add(key=key, value=value)
             b.weights.append(tensor)
             return tensor.name
 
