@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.edit import producer
 from graphopt.errors import OptionError
 from graphopt.quant import QOPS
 from graphopt.registry import suggest
@@ -83,6 +84,21 @@ def _thin_stem(node: gs.Node) -> str:
     return "a first convolution of 1-3 channels: INT8 takes up to twice as long as float" if thin and _sums(node) < 2 else ""
 
 
+def _slow_in_int8(node: gs.Node) -> str:
+    """A thin first convolution, or a depthwise one right behind it whose channels do not fill the INT8 kernel's vectors.
+
+    Further inside, onnxruntime makes an INT8 Conv of whatever lies between INT8 tensors: leaving one in float has no effect.
+    """
+    weight = node.inputs[1].shape
+    if not (weight[1] == 1 and int(node.attrs.get("group", 1)) == weight[0] and weight[0] % _VECTOR):
+        return _thin_stem(node)
+    source = producer(node.inputs[0], "Relu", "Clip") or node
+    stem = producer(source.inputs[0], "Conv")
+    return (
+        "depthwise, its channels no multiple of 16, behind a float convolution: INT8 is slower" if stem and _thin_stem(stem) else ""
+    )
+
+
 def _sums(node: gs.Node) -> int:
     """How many Add nodes the output reaches without passing a Conv, MatMul or Gemm."""
     seen: dict[int, gs.Node] = {}
@@ -95,6 +111,7 @@ def _sums(node: gs.Node) -> int:
     return sum(n.op == "Add" for n in seen.values())
 
 
+_VECTOR = 16
 _PATCH = 150  # inputs of one output, as measured: 7x7x3
 _MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Tile", "DepthToSpace")
 _NO_KERNEL = "no INT8 kernel: it would convert its inputs and its output"
@@ -103,7 +120,7 @@ _ORT_CPU: dict[str, Support] = {
     "Conv": Support(
         True,
         "QLinearConv: 2-5x float where dense, even where depthwise or grouped (channels in multiples of 16, else half as fast)",
-        misfit=_thin_stem,
+        misfit=_slow_in_int8,
     ),
     **_yes(
         "Gemm", reason="QGemm: 3x float; fuses only with an explicit weight zero point; writes float directly", float_output=True

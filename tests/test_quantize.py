@@ -149,6 +149,15 @@ def test_thin_first_convolution_stays_float_and_says_why() -> None:
     assert [n.inputs[0].name for n in model.nodes() if n.op == "Relu"] == ["c"]
 
 
+@pytest.mark.parametrize(("channels", "quantised"), [(8, 1), (16, 2)])
+def test_depthwise_of_few_channels_behind_a_float_stem_stays_float(channels: int, quantised: int) -> None:
+    text = """g (float[N,3,8,8] x, float[C,3,3,3] s, float[C,1,3,3] d, float[16,C,1,1] w) => (float[N,16,8,8] y) {
+        c = Conv<pads=[1,1,1,1]>(x, s) r = Relu(c) e = Conv<group=C, pads=[1,1,1,1]>(r, d) f = Relu(e) y = Conv(f, w) }"""
+    arrays: dict[str, Any] = {"s": normal(channels, 3, 3, 3), "d": normal(channels, 1, 3, 3), "w": normal(16, channels, 1, 1)}
+    _, context = run_quantize(build(text.replace("C,", f"{channels},").replace("=C", f"={channels}"), **arrays))
+    assert context.facts["quantized_nodes"] == {"Conv": quantised}
+
+
 @pytest.mark.parametrize(
     ("options", "left"),
     [({"exclude": ("Conv_0",)}, 1), ({"exclude": ("Conv*",)}, 0), ({"exclude_ops": ("Conv",)}, 0), ({"include": ("Conv_0",)}, 1)],
