@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.attributes import attribute, op_key
 from graphopt.dim_labels import NO_LABELS, ONE, Dims, Labels, is_one
+from graphopt.edit import constant_value
 from graphopt.operands import operand
 from graphopt.shapes import Shape
 
@@ -146,7 +147,7 @@ def rule(*ops: str) -> Callable[[Rule], Rule]:
 
 
 UNARY = (
-    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Dropout Elu Erf Exp Floor Gelu HardSigmoid "
+    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid "
     "HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus "
     "Softsign Sqrt Swish Tan Tanh ThresholdedRelu com.microsoft::Gelu com.microsoft::QuickGelu"
 ).split()
@@ -158,8 +159,22 @@ BINARY = (
 
 @rule(*UNARY)
 def unary(site: Site) -> Result:
-    """Every element on its own; further inputs (the limits of Clip, the ratio of Dropout) are scalars."""
+    """Every element on its own; further inputs (the limits of Clip) are scalars."""
+    return [site.axes()]
+
+
+@rule("Dropout")
+def dropout(site: Site) -> Result:
+    """Nothing happens to the data, unless the model was exported for training: what is random must not depend on sizes."""
+    if site.has(2) and not is_false(site.node.inputs[2]):
+        raise PinError("Dropout in training mode")
     return [site.axes() for _ in site.node.outputs]
+
+
+def is_false(tensor: gs.Tensor) -> bool:
+    """A constant False."""
+    value = constant_value(tensor)
+    return value is not None and not value.any()
 
 
 @rule("CastLike")

@@ -159,6 +159,7 @@ def recurrent(site: Site) -> Result:
     if not (site.vanishes(1) and site.vanishes(2)):
         raise PinError("recurrent weights are not constant")
     hidden = r[2]
+    site.pin(x[0], "time steps")
     site.tie(x[2], w[2])
     for labels in (w[1], r[1]):
         site.tie(labels, np.tile(hidden, gates))

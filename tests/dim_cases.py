@@ -146,8 +146,8 @@ MATRICES = {
         (4,),
     ),
     "concat, split, slice, gather": Case(
-        """g (float[N,3] x, float[3,6] w1, float[3,4] w2, float[2] c1, float[5,2] w3, float[5,2] w4, float[3,2] w5, float[2,2] w6)
-        => (float[N,2] y) <int64[2] i = {5,5}, int32[1] s = {-8}, int32[1] e = {-5}, int32[1] n = {1}, int64[2] p = {0,-1}>
+        """g (float[N,3] x, float[3,6] w1, float[3,4] w2, float[2] c1, float[5,2] w3, float[5,2] w4, float[3,2] w5, float[4,2] w6)
+        => (float[N,2] y) <int64[2] i = {5,5}, int32[1] s = {-8}, int32[1] e = {-5}, int32[1] n = {1}, int64[4] p = {8,-3,6,0}>
         { a = MatMul(x, w1)  b = MatMul(x, w2)  c = Concat<axis=-1>(a, b)  l, r = Split<axis=1>(c, i)  f = MatMul(l, w3)
         h = MatMul(r, w4)  j = Slice(c, s, e, n)  k = MatMul(j, w5)  m = Gather<axis=1>(c, p)  q = MatMul(m, w6)
         t = Sum(f, h, k, q)  u = Add(t, c1)  y = Relu(u) }""",

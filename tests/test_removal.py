@@ -114,7 +114,7 @@ def test_split_slice_and_gather_follow() -> None:
     assert np.asarray(node(model, "Split").inputs[1].values).tolist() == [3, 4]
     starts, ends = (np.asarray(node(model, "Slice").inputs[i].values).tolist() for i in (1, 2))
     assert (starts, ends) == ([1], [3])
-    assert np.asarray(node(model, "Gather").inputs[1].values).tolist() == [0, 6]
+    assert np.asarray(node(model, "Gather").inputs[1].values).tolist() == [5, 4, 0]
 
 
 def test_hidden_units_go_from_all_gates() -> None:
