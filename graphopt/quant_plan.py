@@ -114,7 +114,7 @@ def plan(model: Model, shapes: Shapes, target: Target, selection: Selection, rej
             refused.append((node, reason))
         else:
             chosen.append(Unit(node, QOPS[node.op], target.support(node.op)))
-    units = _absorb(chosen, wiring)
+    units = _absorb(chosen, wiring, shapes)
     inside = {id(n) for u in units for n in (u.bias, u.activation)}
     for node, reason in refused:
         if id(node) not in inside:
@@ -164,13 +164,13 @@ def _refusal(node: gs.Node, opset: int, shapes: Shapes, target: Target, selectio
     return ""
 
 
-def _absorb(units: list[Unit], wiring: Wiring) -> list[Unit]:
+def _absorb(units: list[Unit], wiring: Wiring, shapes: Shapes) -> list[Unit]:
     """A bias, then a Relu or Clip, that alone read a unit's output join the unit; not where it shares its input's scale."""
     joined = []
     for unit in units:
         if not unit.row.shares and len(unit.node.outputs) == 1:
             follower = only_user(unit.outputs[0], wiring)
-            if follower is not None and _is_bias(follower, unit):
+            if follower is not None and _is_bias(follower, unit, shapes):
                 unit = replace(unit, bias=follower)
                 follower = only_user(unit.outputs[0], wiring)
             if follower is not None and follower.op in BOUNDS and not follower.domain:
@@ -180,13 +180,16 @@ def _absorb(units: list[Unit], wiring: Wiring) -> list[Unit]:
     return [u for u in joined if id(u.node) not in taken]
 
 
-def _is_bias(node: gs.Node, unit: Unit) -> bool:
+def _is_bias(node: gs.Node, unit: Unit, shapes: Shapes) -> bool:
     """Whether the node adds one constant a column to a MatMul's output."""
     if op_key(node) != "Add" or unit.node.op != "MatMul":
         return False
     columns = unit.node.inputs[1].shape[-1]
     constants = [t for t in node.inputs if isinstance(t, gs.Constant)]
-    return len(constants) == 1 and tuple(constants[0].shape) == (columns,)
+    if len(constants) != 1 or np.prod(constants[0].shape) != columns or tuple(constants[0].shape[-1:]) != (columns,):
+        return False
+    axes = len(constants[0].shape)  # more than the product has would add axes to the sum
+    return axes == 1 or axes <= (shapes.rank(unit.node.inputs[0].name) or 0)
 
 
 def _without_islands(units: list[Unit], wiring: Wiring, result: Plan, reject: Reject) -> list[Unit]:

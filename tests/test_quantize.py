@@ -106,10 +106,11 @@ def test_gemm_chain_writes_float_without_a_second_rounding(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("shape", ["[N,16]", "[1,5,16]", "[N,S,16]"])
-def test_matmul_never_falls_back_to_dequantised_weights(tmp_path: Path, shape: str) -> None:
+@pytest.mark.parametrize("bias", [(8,), (1, 8)])
+def test_matmul_never_falls_back_to_dequantised_weights(tmp_path: Path, shape: str, bias: tuple[int, ...]) -> None:
     # With a float bias, onnxruntime merges MatMul + Add to a float Gemm that dequantises its weight at every run.
-    text = f"g (float{shape} x, float[16,8] w, float[8] b) => (float y) {{ m = MatMul(x, w) y = Add(m, b) }}"
-    proto = build(text, w=normal(16, 8), b=normal(8))
+    text = f"g (float{shape} x, float[16,8] w, float{list(bias)} b) => (float y) {{ m = MatMul(x, w) y = Add(m, b) }}"
+    proto = build(text, w=normal(16, 8), b=normal(*bias))
     del proto.graph.output[0].type.tensor_type.shape.dim[:]
     proto.graph.output[0].type.tensor_type.ClearField("shape")
     model, _ = run_quantize(proto, rows(proto, 1))
