@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from onnx import GraphProto, ModelProto
 
 from graphopt.errors import ModelError
-from graphopt.model import Model
+from graphopt.model import SMALL, Model
 from graphopt.proto import Exporter, encode_inline
 from graphopt.runtime import run, session
 
@@ -83,11 +83,29 @@ def _run(
             constant = tensor if isinstance(tensor, gs.Constant) else known.get(tensor.name)
             if constant is not None:
                 given[tensor.name] = constant
-    graph.initializer.extend([encode_inline(c) for c in given.values()])
     names = [t.name for n in nodes for t in n.outputs if t.name and t.name in keep]
     graph.output.extend([onnx.ValueInfoProto(name=name) for name in names])
     proto = ModelProto(ir_version=model.shell.ir_version, opset_import=model.shell.opset_import, graph=graph)
     if not names:
         return {}
+    _check(proto, given)
+    graph = proto.graph
+    graph.initializer.extend([encode_inline(c) for c in given.values()])
     values = run(session(proto, optimize=False), {}, names)
     return {name: gs.Constant(name, value) for name, value in zip(names, values, strict=True) if isinstance(value, np.ndarray)}
+
+
+def _check(proto: ModelProto, given: dict[str, gs.Constant]) -> None:
+    """Raise ModelError where ONNX finds the nodes malformed: kernels trust it, and may crash the process."""
+    shown = ModelProto()
+    shown.CopyFrom(proto)
+    for name, constant in given.items():
+        if constant.shape and np.prod(constant.shape, dtype=np.int64) > SMALL:
+            kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(constant.dtype))
+            shown.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, list(constant.shape)))
+        else:
+            shown.graph.initializer.append(encode_inline(constant))
+    try:
+        onnx.shape_inference.infer_shapes(shown, check_type=True, strict_mode=True)
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
+        raise ModelError(f"not valid: {error}") from error

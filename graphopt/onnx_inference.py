@@ -83,7 +83,7 @@ class OnnxInference:
 def _inferred(question: bytes, outputs: list[str]) -> list[TypeProto]:
     """The types of the outputs; empty ones where ONNX knows nothing or the node contradicts itself."""
     try:
-        graph = onnx.shape_inference.infer_shapes(question, data_prop=True).graph
+        graph = onnx.shape_inference.infer_shapes(question).graph
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         return [TypeProto() for _ in outputs]
     found = {info.name: info.type for info in graph.value_info}

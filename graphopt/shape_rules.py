@@ -73,9 +73,9 @@ class Site:
         value = self.value(index)
         if value is not None:
             return tuple(None if isinstance(v, bool) else v for v in value.reshape(-1).tolist())
-        shape = self.shape(index)
-        known = shape is not None and len(shape) == 1 and isinstance(shape[0], int)
-        return (None,) * shape[0] if known and shape is not None and isinstance(shape[0], int) else None
+        length = (self.shape(index) or (None, None))[0]
+        single = len(self.shape(index) or ()) == 1
+        return (None,) * length if single and isinstance(length, int) and length <= MAX_VALUES else None
 
     def attr(self, name: str) -> Any:
         return attribute(self.node, name, self.known.opset)

@@ -46,6 +46,8 @@ def fold_constants(model: Model, context: Context, *, max_bytes: int = 1 << 20) 
 
     Exact: values are proved or computed by the runtime itself.
     """
+    if not model.opset:  # ai.onnx.ml alone: a result could not be written as a Constant node
+        return 0
     changes = _correct_declarations(model, context.get(shapes, model))
     failed: set[int] = set()
     for _ in range(ROUNDS):
@@ -175,7 +177,7 @@ def _fold_nodes(model: Model, known: Shapes, context: Context, max_bytes: int, f
     outputs = model.wiring().outputs
     while True:
         plan = _plan(model, known, context, max_bytes, failed)
-        targets = _targets(plan, known, context, outputs)
+        targets = _targets(model, plan, known, context, outputs)
         if not targets:
             return 0
         wanted = {t.name for tensors in targets.values() for t in tensors}
@@ -193,14 +195,16 @@ def _fold_nodes(model: Model, known: Shapes, context: Context, max_bytes: int, f
     return changes
 
 
-def _targets(plan: _Plan, known: Shapes, context: Context, outputs: frozenset[int]) -> dict[int, list[gs.Tensor]]:
+def _targets(model: Model, plan: _Plan, known: Shapes, context: Context, outputs: frozenset[int]) -> dict[int, list[gs.Tensor]]:
     """id(node) -> the results to store, of nodes that others than the plan's read and that are worth storing."""
     inside = {id(n) for n in plan.nodes}
     targets: dict[int, list[gs.Tensor]] = {}
     for node in plan.nodes:
         used = [t for t in node.outputs if t.name and (id(t) in outputs or t.outputs)]
         leaves = any(id(t) in outputs or any(id(u) not in inside for u in t.outputs) for t in used)
-        if leaves and all(_worth_storing(node, t, plan, known, context) for t in used):
+        if leaves and model.opset < 9 and any(id(t) in outputs for t in used):
+            context.reject(node, "Constant nodes write no outputs of all types before opset 9")
+        elif leaves and all(_worth_storing(node, t, plan, known, context) for t in used):
             targets[id(node)] = used
     return targets
 
