@@ -67,11 +67,13 @@ def cumulative(site: Site) -> Result:
 @rule("LayerNormalization", "RMSNormalization", "com.microsoft::SimplifiedLayerNormalization", "SimplifiedLayerNormalization")
 def layer_normalization(site: Site) -> Result:
     """Over `axis` and all that follow, with scale and bias for each of their elements; the rest are statistics."""
-    x = site.axes()
-    site.pin_axes(x[int(-1 if site.attr("axis") is None else site.attr("axis")) % len(x) :], f"{site.node.op} over this axis")
+    x, axis = site.axes(), int(-1 if site.attr("axis") is None else site.attr("axis"))
+    axis %= len(x)
+    site.pin_axes(x[axis:], f"{site.node.op} over this axis")
     for index in site.given()[1:]:
         site.pin_axes(site.axes(index), f"{site.node.op} over this axis")
-    return [x, *[None] * (len(site.node.outputs) - 1)]
+    statistics = [*x[:axis], *[ONE] * (len(x) - axis)]
+    return [x, statistics, statistics][: len(site.node.outputs)]
 
 
 @rule("com.microsoft::SkipLayerNormalization", "com.microsoft::SkipSimplifiedLayerNormalization")
@@ -81,7 +83,8 @@ def skip_layer_normalization(site: Site) -> Result:
     for index in site.given():
         site.pin_axes(site.axes(index)[0 if index else -1 :], f"{site.node.op} over this axis")
     broadcast(site, [x, site.axes(1)])
-    return [x, *[None] * (len(site.node.outputs) - 1)]
+    statistics = [*x[:-1], ONE]
+    return [x, statistics, statistics, x][: len(site.node.outputs)]
 
 
 @rule("InstanceNormalization")

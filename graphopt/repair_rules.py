@@ -92,6 +92,9 @@ def _target(index: int) -> Repair:
         if sizes is not None:
             set_input(node, index, cut.names.constant(node.inputs[index].name, np.array(sizes, np.int64)))
             return
+        if node.op == "Reshape":  # a 0 there would copy the new size of an input axis that is not this axis
+            fixed = {i: size for i, size in enumerate(cut.shape(y)) if i in cut.sizes(node.inputs[0]) and isinstance(size, int)}
+            new = {**fixed, **new}
         offset = len(cut.shape(y)) - int(cut.shape(node.inputs[index])[0] or 0)  # Expand aligns to the right
         new = {axis - offset: size for axis, size in new.items() if axis >= offset}
         if new:
