@@ -66,6 +66,7 @@ class _Arrays:
     columns: Mapping[str, Column]
     labels: Column | None
     rows: int
+    unused: tuple[str, ...] = ()  # keys that are no inputs
 
     def feeds(self, inputs: Sequence[InputSpec], batch: int) -> Iterator[Feed]:
         constant = {name: next(column.blocks(1)) for name, column in self.columns.items() if not column.shape}
@@ -89,8 +90,7 @@ class _Feeds:
     def feeds(self, inputs: Sequence[InputSpec], batch: int) -> Iterator[Feed]:
         fixed = fixed_batch(inputs) is not None
         for number, feed in enumerate(self._raw()):
-            values = {name: value for name, value in feed.items() if name != LABELS or name in {spec.name for spec in inputs}}
-            yield check_feed(inputs, values, f"{self.where} feed {number}", any_rows=fixed)
+            yield check_feed(inputs, feed, f"{self.where} feed {number}", any_rows=fixed)
 
     def _raw(self) -> Iterator[Mapping[str, Any]]:
         with _running(self.where):
@@ -135,6 +135,11 @@ class Dataset:
         """The number of rows; None where only a full iteration would tell."""
         counts = [part.rows for part in self.parts]
         return None if None in counts else sum(count or 0 for count in counts)
+
+    @property
+    def unused(self) -> list[str]:
+        """Keys of arrays that are no inputs of the model, and so are not read."""
+        return sorted({name for part in self.parts if isinstance(part, _Arrays) for name in part.unused})
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -257,8 +262,9 @@ _OPEN: dict[str, Callable[[Path, tuple[InputSpec, ...]], Mapping[str, Column]]] 
 def _arrays(where: str, columns: Mapping[str, Column], inputs: tuple[InputSpec, ...], *, rows_optional: bool = False) -> _Arrays:
     """Check names, types and row counts. `rows_optional`: arrays of one axis less than the inputs are one row."""
     labels = columns.get(LABELS) if LABELS not in {spec.name for spec in inputs} else None
-    fed = {name: column for name, column in columns.items() if column is not labels}
-    check_names(inputs, fed, where)
+    check_names(inputs, [name for name, column in columns.items() if column is not labels], where)
+    fed = {spec.name: columns[spec.name] for spec in inputs}
+    unused = tuple(sorted(set(columns) - set(fed) - ({LABELS} if labels is not None else set())))
     ranked = [(spec, fed[spec.name]) for spec in inputs if spec.shape]
     if rows_optional and ranked and all(len(spec.shape or ()) == len(column.shape) + 1 for spec, column in ranked):
         fed.update({spec.name: OneRow(column) for spec, column in ranked})
@@ -276,7 +282,7 @@ def _arrays(where: str, columns: Mapping[str, Column], inputs: tuple[InputSpec, 
         raise DataError(f"data {where}: row counts differ: " + ", ".join(f"{place} has {rows}" for place, rows in sizes.items()))
     if counts == {0}:
         raise DataError(f"data {where}: has no rows")
-    return _Arrays(where, fed, labels, counts.pop())
+    return _Arrays(where, fed, labels, counts.pop(), unused)
 
 
 def _function(module: str, name: str, where: str) -> Callable[[], Iterable[Any]]:

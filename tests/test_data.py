@@ -151,8 +151,7 @@ BAD: dict[str, tuple[dict[str, np.ndarray], str]] = {
     "rank": ({"x": ROWS[0]}, r"key 'x': expected float32 \[N, 3, 4\], found float32 \[3, 4\]"),
     "shape": ({"x": ROWS.reshape(7, 4, 3)}, r"key 'x': expected float32 \[N, 3, 4\], found float32 \[7, 4, 3\]"),
     "dtype": ({"x": ROWS.astype(np.int64)}, r"key 'x': expected float32, found int64"),
-    "name": ({"X": ROWS}, r"key 'X' is no input of the model; expected 'x', found 'X'"),
-    "extra": ({"x": ROWS, "y": ROWS}, r"key 'y' is no input of the model"),
+    "name": ({"X": ROWS}, r"input 'x' is missing; expected 'x', found 'X'"),
     "missing": ({"labels": np.arange(7)}, r"input 'x' is missing; expected 'x', found nothing"),
     "empty": ({"x": ROWS[:0]}, r"has no rows"),
     "labels": ({"x": ROWS, "labels": np.arange(6)}, r"row counts differ: .*key 'x' has 7, .*key 'labels' has 6"),
@@ -170,6 +169,12 @@ def test_what_does_not_fit_is_one_line(case: str, form: str, tmp_path: Path) -> 
     with pytest.raises(DataError, match=rf"^data {place}.*{message}") as error:
         list(open_dataset(source, IMAGE).batches(3))
     assert "\n" not in str(error.value)
+
+
+def test_keys_that_are_no_inputs_are_left_unread_and_named() -> None:
+    data = open_dataset({"x": ROWS, "token_type_ids": np.zeros(3)}, IMAGE)
+    assert data.unused == ["token_type_ids"]
+    assert [set(feed) for feed in data.batches(4)] == [{"x"}, {"x"}]
 
 
 def object_array(path: Path) -> None:
@@ -245,7 +250,7 @@ def raises() -> Iterator[Feed]:
         (({"x": row} for row in ROWS), "a generator can be read only once"),
         (raises, "'raises': raised ValueError: the camera is off"),
         ([ROWS], "feed 0 is a ndarray, not a dict"),
-        ([{"x": ROWS}, {"y": ROWS}], "'feeds' feed 1: key 'y' is no input"),
+        ([{"x": ROWS}, {"y": ROWS}], "'feeds' feed 1: input 'x' is missing; expected 'x', found 'y'"),
         ([{"x": ROWS[:0]}], "'feeds' feed 0: has no rows"),
         ([], "'feeds': has no rows"),
         (7, "cannot read rows from a int"),
