@@ -27,25 +27,34 @@ RANDOM = frozenset(
 KEPT = frozenset({"Constant", "DequantizeLinear", "com.microsoft::DequantizeLinear"})
 # a stored result would be larger than what it is computed from, and onnxruntime computes it at load time anyway
 COMPACT = frozenset({"Cast", "CastLike", "ConstantOfShape", "EyeLike", "Expand", "Range"})
-COMPACT_BYTES = 4096
 MAX_SHAPE = 1024  # elements of a known integer tensor
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """Bytes by which a stored result may exceed what it is made from: any, and one that is only filled, cast or expanded."""
+
+    growth: int
+    compact: int
+
+
 @register("fold-constants", exact=True)
-def fold_constants(model: Model, context: Context, *, max_bytes: int = 1 << 20) -> int:
+def fold_constants(model: Model, context: Context, *, max_bytes: int = 1 << 20, compact_bytes: int = 4096) -> int:
     """Nodes whose results are known become constants; counts the nodes folded and inputs simplified.
 
     - Shape arithmetic: integer tensors all of whose elements are known (`graphopt.shapes`), and tensors proved equal to an earlier
       one; a computed Reshape target with one unknown element becomes a constant with -1, or 0 where the axis is copied (sizes of
       graph inputs are taken to be at least 1 where both are needed); a computed Expand target that only repeats its input's axes.
     - Nodes on constants, as onnxruntime computes them; not random ones, not DequantizeLinear (quantised weights stay), and not
-      where the result is over `max_bytes` larger than what it is made from (filled, cast or expanded weights stay as stored).
+      where the result is over `max_bytes` larger than what it is made from, or over `compact_bytes` where it is only filled, cast
+      or expanded: such weights stay as they are stored, or the file would grow (raise both to have everything folded).
     - If with a constant condition becomes the branch taken.
     - Declared shapes that contradict what the nodes compute are corrected (onnxruntime only warns about them, but with constants
       in the place of computed targets ONNX's own check finds the contradiction).
 
     Exact: values are proved or computed by the runtime itself.
     """
+    limits = _Limits(max_bytes, compact_bytes)
     if not model.opset:  # ai.onnx.ml alone: a result could not be written as a Constant node
         return 0
     changes = _correct_declarations(model, context.get(shapes, model))
@@ -53,7 +62,7 @@ def fold_constants(model: Model, context: Context, *, max_bytes: int = 1 << 20) 
     for _ in range(ROUNDS):
         known = context.get(shapes, model)
         changed = _fold_shapes(model, known) + _simplify_targets(model, known)
-        opened = _fold_nodes(model, known, context, max_bytes, failed) + _inline_branches(model)
+        opened = _fold_nodes(model, known, context, limits, failed) + _inline_branches(model)
         changes += changed + opened
         if changed or opened:
             remove_dead(model)  # what was folded need not fit the constants it now reads
@@ -172,12 +181,12 @@ class _Plan:
     graphs: list[gs.Graph] = field(default_factory=list)
 
 
-def _fold_nodes(model: Model, known: Shapes, context: Context, max_bytes: int, failed: set[int]) -> int:
+def _fold_nodes(model: Model, known: Shapes, context: Context, limits: _Limits, failed: set[int]) -> int:
     """Evaluate and replace; nodes that could not be evaluated go into `failed`, and those around them get another chance."""
     outputs = model.wiring().outputs
     while True:
-        plan = _plan(model, known, context, max_bytes, failed)
-        targets = _targets(model, plan, known, context, outputs)
+        plan = _plan(model, known, context, limits, failed)
+        targets = _targets(model, plan, known, context, outputs, limits)
         if not targets:
             return 0
         wanted = {t.name for tensors in targets.values() for t in tensors}
@@ -190,12 +199,14 @@ def _fold_nodes(model: Model, known: Shapes, context: Context, max_bytes: int, f
             failed.add(id(node))
     changes = 0
     for graph in model.graphs():
-        done = [n for n in graph.nodes if id(n) in targets and _stored(n, targets[id(n)], values, plan, known, context, max_bytes)]
+        done = [n for n in graph.nodes if id(n) in targets and _stored(n, targets[id(n)], values, plan, known, context, limits)]
         changes += _replace(model, graph, done, targets, values, outputs) if done else 0
     return changes
 
 
-def _targets(model: Model, plan: _Plan, known: Shapes, context: Context, outputs: frozenset[int]) -> dict[int, list[gs.Tensor]]:
+def _targets(
+    model: Model, plan: _Plan, known: Shapes, context: Context, outputs: frozenset[int], limits: _Limits
+) -> dict[int, list[gs.Tensor]]:
     """id(node) -> the results to store, of nodes that others than the plan's read and that are worth storing."""
     inside = {id(n) for n in plan.nodes}
     targets: dict[int, list[gs.Tensor]] = {}
@@ -204,12 +215,12 @@ def _targets(model: Model, plan: _Plan, known: Shapes, context: Context, outputs
         leaves = any(id(t) in outputs or any(id(u) not in inside for u in t.outputs) for t in used)
         if leaves and model.opset < 9 and any(id(t) in outputs for t in used):
             context.reject(node, "Constant nodes write no outputs of all types before opset 9")
-        elif leaves and all(_worth_storing(node, t, plan, known, context) for t in used):
+        elif leaves and all(_worth_storing(node, t, plan, known, context, limits) for t in used):
             targets[id(node)] = used
     return targets
 
 
-def _plan(model: Model, known: Shapes, context: Context, max_bytes: int, failed: set[int]) -> _Plan:
+def _plan(model: Model, known: Shapes, context: Context, limits: _Limits, failed: set[int]) -> _Plan:
     """All nodes whose inputs are constants or results of such nodes, outer graphs first, in order."""
     plan = _Plan()
     for graph in model.graphs():
@@ -228,7 +239,7 @@ def _plan(model: Model, known: Shapes, context: Context, max_bytes: int, failed:
                 continue
             source = sum(nbytes(t) if isinstance(t, gs.Constant) else plan.sources[id(t)] for t in inputs)
             sizes = [_bytes(t, known) for t in node.outputs if t.name]
-            if any(size is not None and size - source > max_bytes for size in sizes):
+            if any(size is not None and size - source > limits.growth for size in sizes):
                 context.reject(node, "the result is much larger than what it is made from")
                 continue
             plan.nodes.append(node)
@@ -263,11 +274,11 @@ def _unpacks(node: gs.Node, known: Shapes) -> bool:
     return node.op in ("Cast", "CastLike") and wider and isinstance(node.inputs[0], gs.Constant)
 
 
-def _worth_storing(node: gs.Node, tensor: gs.Tensor, plan: _Plan, known: Shapes, context: Context) -> bool:
+def _worth_storing(node: gs.Node, tensor: gs.Tensor, plan: _Plan, known: Shapes, context: Context, limits: _Limits) -> bool:
     size = _bytes(tensor, known)
     if op_key(node) not in COMPACT and id(tensor) not in plan.unpacked:
         return True
-    if size is not None and size - plan.sources[id(tensor)] <= COMPACT_BYTES:
+    if size is not None and size - plan.sources[id(tensor)] <= limits.compact:
         return True
     context.reject(node, "the result would be stored larger than it is now")
     return False
@@ -291,14 +302,14 @@ def _stored(
     plan: _Plan,
     known: Shapes,
     context: Context,
-    max_bytes: int,
+    limits: _Limits,
 ) -> bool:
     """Every result is there, of the type inference says, and not too large (its size may not have been known before)."""
     for tensor in used:
         value = values.get(tensor.name)
         if value is None or value.dtype != known.dtype(tensor.name):
             return False
-        if value.nbytes - plan.sources[id(tensor)] > max_bytes:
+        if value.nbytes - plan.sources[id(tensor)] > limits.growth:
             context.reject(node, "the result is much larger than what it is made from")
             return False
     return True
