@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
@@ -171,11 +168,6 @@ def test_a_second_rule_is_refused() -> None:
 def test_rules_are_for_operators_that_exist() -> None:
     known = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if isinstance(schema, OpSchema)}
     assert {op for op in DIM_RULES if "::" not in op and op not in known} == {"SimplifiedLayerNormalization"}
-
-
-def test_the_page_in_docs() -> None:
-    page = Path(__file__).parents[1] / "docs" / "dimensions.md"
-    assert doctest.testfile(str(page), module_relative=False).failed == 0
 
 
 @pytest.mark.slow
