@@ -8,6 +8,9 @@ class GraphoptError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(" ".join(message.split()))  # one line, whatever is in the names it quotes
+
 
 class ModelError(GraphoptError):
     """The model file or graph is broken or cannot be represented."""

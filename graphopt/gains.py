@@ -74,9 +74,7 @@ def measure_gains(
             contents = [stack.enter_context(runnable(m)) for m in (original, work)]
             _outputs(report, contents, original, evaluation or calibration)
         except (ModelError, DataError) as error:
-            if isinstance(error, DataError) and (
-                evaluation or calibration
-            ):  # rows that were given must fit; generated ones may not
+            if isinstance(error, DataError) and (evaluation or calibration):  # given rows must fit, generated ones may not
                 raise
             report.warnings.append(f"outputs were not compared: {error}")
             return

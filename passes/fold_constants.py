@@ -346,7 +346,7 @@ def _inline_branches(model: Model) -> int:
     """If with a constant condition: the nodes of the branch taken move into the graph around it."""
     changes = 0
     for graph in reversed(model.graphs()):  # inner first: nodes of a branch that moves out are final then
-        chosen = {id(n): n for n in graph.nodes if op_key(n) == "If" and constant_value(n.inputs[0]) is not None}
+        chosen = {id(n): n for n in graph.nodes if op_key(n) == "If" and _taken(n) is not None}
         if not chosen:
             continue
         outputs = {id(t) for t in graph.outputs}
@@ -359,10 +359,19 @@ def _inline_branches(model: Model) -> int:
     return changes
 
 
+def _taken(node: gs.Node) -> str | None:
+    """Which branch an If of a constant condition takes; None where it is computed, or where that branch is malformed."""
+    condition = constant_value(node.inputs[0])
+    if condition is None or condition.size != 1:
+        return None
+    name = "then_branch" if condition.reshape(-1)[0] else "else_branch"
+    branch = node.attrs.get(name)
+    return name if isinstance(branch, gs.Graph) and len(branch.outputs) == len(node.outputs) else None
+
+
 def _branch(node: gs.Node, outputs: Iterable[int]) -> list[gs.Node]:
     """The nodes of the branch taken, wired to the If's outputs; the If is left with its other branch."""
-    condition = constant_value(node.inputs[0])
-    taken: gs.Graph = node.attrs.pop("then_branch" if condition is not None and condition.reshape(-1)[0] else "else_branch")
+    taken: gs.Graph = node.attrs.pop(_taken(node))
     moved = list(taken.nodes)
     for index, (target, source) in enumerate(zip(list(node.outputs), taken.outputs, strict=True)):
         if not target.name:

@@ -140,13 +140,13 @@ def slice_(node: gs.Node, view: View) -> gs.Tensor | None:
     shape = view.shape(node.inputs[0])
     if first is not None and last is not None and axes.known and not any(first):
         where = axes.integers() or range(len(last))
-        if all(end >= FAR or _covers(end, axis, shape) for end, axis in zip(last, where, strict=True)):
+        if len(where) == len(last) and all(end >= FAR or _covers(end, axis, shape) for end, axis in zip(last, where, strict=True)):
             return node.inputs[0]
     return same_shape(node, view)
 
 
 def _covers(end: int, axis: int, shape: Shape | None) -> bool:
-    if shape is None:
+    if shape is None or not -len(shape) <= axis < len(shape):
         return False
     size = shape[axis]
     return isinstance(size, int) and end >= size

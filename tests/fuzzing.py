@@ -271,7 +271,12 @@ def mutate(proto: ModelProto, mutations: Sequence[Mutation]) -> ModelProto:
             continue
         try:
             change(_graph(proto, a // 3), a, b, c)
-        except (ValueError, TypeError, KeyError):  # an earlier mutation left nothing that could be changed so
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            onnx.checker.ValidationError,
+        ):  # an earlier mutation left nothing that could be changed so
             continue
     return proto
 
