@@ -6,6 +6,7 @@ Each factory takes a model file (and data) and a folder to write in, and gives o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from graphopt.feeds import input_specs
 from graphopt.model import Model, from_proto, load
 
 Jobs = dict[str, Callable[[], object]]  # tool -> one run of the job; graphopt comes first
+SLOW = 20.0  # seconds: what takes longer is timed once
 FOLD = "cleanup, fold-bn, fold-scales"
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}  # ours -> onnxruntime's calibrators
 CLEANUP_MODELS = ("digits", "generated_2500", "ppocr_det", "ppocr_rec", "silero_vad_op15", "rxnmap", "minilm_l3")
@@ -182,6 +184,20 @@ def end_to_end(path: Path, data: Path, folder: Path, method: str) -> Jobs:
         return result.save(folder / "graphopt.int8.onnx", overwrite=True)
 
     return {"graphopt": ours, "onnxruntime.quantization": lambda: _quantize_static(prepared(path, folder), rows, folder, method)}
+
+
+def timed(benchmark: Any, tools: Jobs, tool: str, rounds: int) -> None:
+    """Warm up, then time with pytest-benchmark; a peer that cannot do the job is skipped with its message."""
+    import pytest
+
+    began = time.perf_counter()
+    try:
+        tools[tool]()
+    except Exception as error:  # the peers raise whatever they like
+        if tool == "graphopt":
+            raise
+        pytest.skip(f"{tool}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    benchmark.pedantic(tools[tool], rounds=rounds if time.perf_counter() - began < SLOW else 1)
 
 
 def fresh(proto: onnx.ModelProto, before: str) -> Model:
