@@ -175,6 +175,8 @@ def _batch_normalization(node: gs.Node, scene: Scene) -> Source | str:
         return "its running statistics are read"
     if not all(isinstance(t, gs.Constant) for t in node.inputs[1:5]):
         return "its parameters are not constants"
+    if len({tuple(t.shape) for t in node.inputs[1:5]}) != 1:
+        return "its parameters differ in size"
     if node.inputs[1].dtype not in FLOATS or (scene.rank(node.inputs[0]) or 2) < 2:
         return "not floating point, or its input has no channel axis"
     scale, bias, mean, variance = (read(t).ravel() for t in node.inputs[1:5])

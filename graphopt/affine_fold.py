@@ -98,7 +98,7 @@ def apply(state: Fold, plan: Plan, dtype: np.dtype) -> str:
             (edit, slot, _edited(edit, slot, values, dtype)) for edit in plan.edits for slot, values in edit.compute().items()
         ]
         written = [(insert, _terms(insert.affine)) for insert in plan.inserts]
-    except ValueError:  # a malformed model
+    except (ValueError, IndexError):  # a malformed model
         return "the sizes of its parameters contradict each other"
     if any(array is None for *_, array in weights) or any(terms is None for _, terms in written):
         return f"the folded numbers do not fit {dtype}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import helper
 from onnx.backend.base import Backend, BackendRep, namedtupledict
 from onnx.backend.test.runner import BackendIsNotSupposedToImplementIt
 
@@ -40,11 +41,25 @@ class GraphoptRep(BackendRep):
 
     def _feed(self, inputs: Any) -> dict[str, Any]:
         if isinstance(inputs, Mapping):
-            return dict(inputs)
-        values = [inputs] if isinstance(inputs, np.ndarray) else list(inputs)
+            return {name: _array(value) for name, value in inputs.items()}
+        values = [_array(v) for v in ([inputs] if isinstance(inputs, np.ndarray | np.generic) else inputs)]
         if len(values) != len(self._inputs):
             raise DataError(f"graphopt.backend: the model takes {len(self._inputs)} inputs ({self._inputs}), found {len(values)}")
         return dict(zip(self._inputs, values, strict=True))
+
+
+def _without_arrays(model: onnx.ModelProto) -> str:
+    """The first element type of an input that numpy itself does not have (bfloat16, float8 ...), for which there is no feed."""
+    kinds = [
+        i.type.tensor_type.elem_type for i in model.graph.input if i.type.tensor_type.elem_type in helper.get_all_tensor_dtypes()
+    ]
+    dtypes = [np.dtype(helper.tensor_dtype_to_np_dtype(kind)) for kind in kinds]
+    return next((d.name for d in dtypes if d.isbuiltin != 1), "")
+
+
+def _array(value: Any) -> Any:
+    """numpy's scalars as arrays without axes, which is what onnxruntime takes; sequences, maps and None as they are."""
+    return np.asarray(value) if isinstance(value, np.generic) else value
 
 
 class GraphoptBackend(Backend):
@@ -62,6 +77,9 @@ class GraphoptBackend(Backend):
             raise OptionError(f"graphopt.backend runs on CPU only, not '{device}'")
         if kwargs:
             raise OptionError(f"graphopt.backend: prepare takes no options, found {', '.join(kwargs)}")
+        strange = _without_arrays(model)
+        if strange:
+            raise BackendIsNotSupposedToImplementIt(f"onnxruntime takes no arrays of {strange}")
         try:
             session(model)
             work = from_proto(model)
@@ -85,19 +103,21 @@ class GraphoptBackend(Backend):
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """Run one node on arrays, in its newest version; `outputs_info` gives (dtype, shape) of its outputs."""
+        if not onnx.defs.has(node.op_type, node.domain):
+            raise OptionError(f"graphopt.backend: there is no operator '{node.op_type}' in ONNX domain '{node.domain}'")
         names = [n for n in node.input if n]
         given = [inputs[n] for n in names] if isinstance(inputs, Mapping) else list(inputs)
         arrays = [np.asarray(v) for v in given]
-        typed = [(onnx.helper.np_dtype_to_tensor_dtype(a.dtype), list(a.shape)) for a in arrays]
-        graph_inputs = [onnx.helper.make_tensor_value_info(n, t, s) for n, (t, s) in zip(names, typed, strict=True)]
+        typed = [(helper.np_dtype_to_tensor_dtype(a.dtype), list(a.shape)) for a in arrays]
+        graph_inputs = [helper.make_tensor_value_info(n, t, s) for n, (t, s) in zip(names, typed, strict=True)]
         outs = [onnx.ValueInfoProto(name=n) for n in node.output if n]
         if outputs_info is not None:
-            kinds = [(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(t)), list(s)) for t, s in outputs_info]
-            outs = [onnx.helper.make_tensor_value_info(o.name, t, s) for o, (t, s) in zip(outs, kinds, strict=True)]
-        graph = onnx.helper.make_graph([node], "node", graph_inputs, outs)
+            kinds = [(helper.np_dtype_to_tensor_dtype(np.dtype(t)), list(s)) for t, s in outputs_info]
+            outs = [helper.make_tensor_value_info(o.name, t, s) for o, (t, s) in zip(outs, kinds, strict=True)]
+        graph = helper.make_graph([node], "node", graph_inputs, outs)
         opset = max(onnx.defs.get_schema(node.op_type, domain=node.domain).since_version, MIN_OPSET)
-        imports = [onnx.helper.make_opsetid(node.domain, opset)]
-        made = onnx.helper.make_model(graph, opset_imports=imports, ir_version=8)  # old enough for every onnxruntime
+        imports = [helper.make_opsetid(node.domain, opset)]
+        made = helper.make_model(graph, opset_imports=imports, ir_version=8)  # old enough for every onnxruntime
         model = onnx.shape_inference.infer_shapes(made)
         return cls.run_model(model, arrays, device, **kwargs)
 

@@ -248,7 +248,8 @@ def _constant_tensor(node: NodeProto) -> TensorProto | onnx.SparseTensorProto | 
 def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
     if dim.HasField("dim_value") and dim.dim_value >= 0:
         return int(dim.dim_value)
-    return dim.dim_param or None  # some exporters write -1 for an axis of any size, and runtimes read it so
+    name: Any = dim.dim_param  # bytes where it is not text; some exporters write -1 for any size, and runtimes read it so
+    return name if isinstance(name, str) and name else None
 
 
 def subgraphs(node: gs.Node) -> list[gs.Graph]:
