@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from graphopt import backend as backend
     from graphopt.api import Result as Result
     from graphopt.api import bisect as bisect
     from graphopt.api import optimize as optimize
@@ -42,10 +43,12 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("graphopt")
+    if name == "backend":  # a module, not a name in one: `graphopt.backend.prepare(model)` needs no import of its own
+        return importlib.import_module("graphopt.backend")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'graphopt' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*__all__, "__version__", "backend"])

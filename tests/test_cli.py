@@ -42,6 +42,12 @@ def test_importing_graphopt_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+def test_the_backend_is_there_without_an_import_of_its_own() -> None:
+    program = "import graphopt; print(graphopt.backend.supports_device('CPU'), sorted(set(dir(graphopt)) - set(graphopt.__all__)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True ['__version__', 'backend']"
+
+
 def test_optimize_writes_the_model_and_a_valid_report(cli: Run, digits: Path, tmp_path: Path) -> None:
     out, report = tmp_path / "out.onnx", tmp_path / "report.json"
     code, shown, err = cli(
