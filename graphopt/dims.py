@@ -78,7 +78,14 @@ def _apply(node: gs.Node, dims: Dims, opset: int) -> None:
     site = Site(node, dims, opset)
     try:
         results = _results(site)
-    except (PinError, ArithmeticError, IndexError, KeyError, TypeError, ValueError) as error:  # the latter from malformed nodes
+    except (
+        PinError,
+        ArithmeticError,
+        LookupError,
+        StopIteration,
+        TypeError,
+        ValueError,
+    ) as error:  # others: malformed nodes
         results, reason = [], str(error) if isinstance(error, PinError) else f"{site.op} is not as its rule expects"
         for tensor in (*node.inputs, *node.outputs, *_captured(node, dims)):
             if tensor.name:

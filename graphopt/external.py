@@ -34,7 +34,7 @@ def check_tensor(tensor: TensorProto, base_dir: Path | None) -> None:
         found, expected, unit = len(tensor.raw_data), packed, "bytes"
     else:
         found, unit = len(getattr(tensor, stored)), f"values in {stored}"
-        expected = packed if _bits(tensor.data_type) < 8 else count * (2 if tensor.data_type in _COMPLEX else 1)
+        expected = packed if _bits(tensor.data_type) in (2, 4) else count * (2 if tensor.data_type in _COMPLEX else 1)
     if found != expected:
         raise ModelError(
             f"initializer '{name}': shape {list(tensor.dims)} needs {expected} {unit}, found {found}; is the file complete?"
@@ -100,7 +100,7 @@ def locate(tensor: TensorProto, base_dir: Path | None) -> tuple[Path, int, int]:
 def _bits(data_type: int) -> int:
     """Bits an element takes on disk: sub-byte types are packed (ONNX IR spec, TensorProto.raw_data)."""
     name = TensorProto.DataType.Name(data_type)
-    packed = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+    packed = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
     return packed.get(name, helper.tensor_dtype_to_np_dtype(data_type).itemsize * 8)
 
 
