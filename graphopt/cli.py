@@ -29,7 +29,7 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(short_help="Optimise MODEL; write it and say what was gained and lost.")
 @click.argument("model", type=_PATH)
 @click.option("-o", "--output", type=_PATH, help="Where to write the result. Default: MODEL.opt.onnx beside the input.")
 @click.option("--passes", help='Passes and presets in order, as "cleanup, prune-channels ratio=0.3, quantize". Default: fold.')
@@ -160,7 +160,7 @@ def _write(result: Result, target: Path, report: Path | None, overwrite: bool) -
         emit.write_text(report, result.report.model_dump_json(indent=2) + "\n", overwrite=overwrite)
 
 
-@cli.command()
+@cli.command(short_help="What MODEL is made of, and what is already quantised.")
 @click.argument("model", type=_PATH)
 @click.option("--denormals", is_flag=True, help="Also count denormal weights (reads all weights).")
 @_JSON
@@ -180,7 +180,7 @@ def inspect(model: Path, denormals: bool, as_json: bool) -> None:
         show_rows(str(model), found.rows())
 
 
-@cli.command()
+@cli.command(short_help="What can be removed from MODEL together, what not, and why.")
 @click.argument("model", type=_PATH)
 @_JSON
 def groups(model: Path, as_json: bool) -> None:
@@ -197,7 +197,7 @@ def groups(model: Path, as_json: bool) -> None:
         show_groups(found)
 
 
-@cli.command()
+@cli.command(short_help="How far the outputs of B are from those of A on data.")
 @click.argument("a", type=_PATH)
 @click.argument("b", type=_PATH)
 @click.option("--data", required=True, metavar="PATH", help="Rows to compare on: .npz, folder, or module:function.")
@@ -225,7 +225,7 @@ def compare(a: Path, b: Path, data: str, batch: int, as_json: bool) -> None:
         show_differences(rows)
 
 
-@cli.command()
+@cli.command(short_help="Nodes, shapes and initializers that differ between A and B.")
 @click.argument("a", type=_PATH)
 @click.argument("b", type=_PATH)
 @_JSON
@@ -245,7 +245,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
         show_diff(found)
 
 
-@cli.command()
+@cli.command(short_help="Name the pass and the node that moved MODEL's outputs.")
 @click.argument("model", type=_PATH)
 @click.option("--passes", required=True, help="The pipeline to search, as for `optimize`.")
 @click.option("--data", metavar="PATH", help="Rows to check on. Default: generated from the input types.")
@@ -266,7 +266,7 @@ def bisect(model: Path, passes: str, data: str | None, tolerance: float, target:
     click.echo(f"no pass moved an output by more than {tolerance:g} of its scale ({checked} changes checked)")
 
 
-@cli.command()
+@cli.command(short_help="List the passes, or describe one with its options.")
 @click.argument("name", required=False)
 @click.option("--plugin", type=_PATH, multiple=True, help="A Python file that registers passes; may be repeated.")
 def passes(name: str | None, plugin: tuple[Path, ...]) -> None:
@@ -282,7 +282,7 @@ def passes(name: str | None, plugin: tuple[Path, ...]) -> None:
         show_passes([find(n) for n in REGISTRY.names()])
 
 
-@cli.command()
+@cli.command(short_help="List the presets and the passes they stand for.")
 def presets() -> None:
     """List the presets and the passes they stand for."""
     from graphopt.cli_render import show_presets
@@ -290,7 +290,7 @@ def presets() -> None:
     show_presets()
 
 
-@cli.command()
+@cli.command(short_help="List the targets, or describe one with its reasons.")
 @click.argument("name", required=False)
 def targets(name: str | None) -> None:
     """List the targets, or describe the target NAME: what it runs in INT8, what not, and why."""
@@ -304,7 +304,7 @@ def targets(name: str | None) -> None:
         show_targets(list(all_targets().values()))
 
 
-@cli.command()
+@cli.command(short_help="Prune, quantise and measure a small model that ships with it.")
 @click.option("-o", "--output", type=_PATH, default=Path("graphopt-demo"), show_default=True, help="Folder for the files.")
 @click.option("--overwrite", is_flag=True, help="Replace the files of an earlier demo.")
 def demo(output: Path, overwrite: bool) -> None:

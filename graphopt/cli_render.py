@@ -3,34 +3,63 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 if TYPE_CHECKING:
     from graphopt.compare import OutputDifference
     from graphopt.demo import Stage
     from graphopt.diff import Diff
+    from graphopt.groups_view import GroupsView
     from graphopt.registry import Pass
-    from graphopt.report import ModelRow, PassRow, Report
+    from graphopt.report import ModelRow, PassRow, QualityRow, Report
     from graphopt.targets import Target
+
+_UNBOUNDED = 10_000  # columns
+_SHOWN = 3  # outputs named on the screen; the report has all
 
 
 def _console(*, wrap: bool = True) -> Console:
-    """Files and pipes get a fixed width, not that of a terminal they are not; without `wrap` lines stay whole."""
+    """A terminal's own width; files and pipes get one so large that a row stays one line. Without `wrap` lines stay whole."""
     console = Console(highlight=False, soft_wrap=not wrap)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=not wrap, width=160)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=not wrap, width=_UNBOUNDED)
 
 
-def _table(title: str, *columns: str, first: str = "") -> Table:
-    table = Table(title=escape(title) or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(first)
+def _table(*columns: str, first: str = "") -> Table:
+    """One column of names, the others of figures."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(first, overflow="fold")
     for column in columns:
         table.add_column(column, justify="right")
     return table
+
+
+def _listing(*columns: str) -> Table:
+    """Columns of text; without names there is no header."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(columns))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print_table(console: Console, table: Table) -> None:
+    """Rows are padded to the table's width, which is noise in a file."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    console.print("\n".join(line.rstrip() for line in captured.get().splitlines()), markup=False)
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _ms(value: float) -> str:
@@ -61,9 +90,9 @@ _FIGURES: tuple[tuple[str, Callable[[ModelRow], Any], Callable[[Any], str]], ...
 )
 
 
-def figures_table(title: str, names: Sequence[str], rows: Sequence[ModelRow]) -> Table:
+def figures_table(names: Sequence[str], rows: Sequence[ModelRow]) -> Table:
     """One column a model, one row a figure that was measured on at least one; the last column compares last with first."""
-    table = _table(title, *names, "change")
+    table = _table(*names, "change")
     for label, get, show in _FIGURES:
         values = [get(row) for row in rows]
         if any(v is not None for v in values):
@@ -83,34 +112,54 @@ def show_report(report: Report, *, verbose: bool) -> None:
     """The before/after table, quality, speed, warnings; with `verbose` every pass too."""
     console = _console()
     if verbose:
-        console.print(_passes_table(report.passes))
+        _print_table(console, _passes_table(report.passes))
         _print_rejections(console, report.passes)
     else:
         done: dict[str, int] = {}
         for row in report.passes:
             done[row.name] = done.get(row.name, 0) + row.changes
-        busy = ", ".join(f"{name} ({count} changes)" for name, count in done.items() if count)
+        busy = ", ".join(f"{name} ({_plural(count, 'change')})" for name, count in done.items() if count)
         idle = sum(not count for count in done.values())
-        console.print(f"passes: {busy or 'nothing to change'}" + (f"; {idle} others found nothing to do" if idle and busy else ""))
-    console.print(figures_table("", ["original", "optimised"], [report.before, report.after]))
-    if report.speedup is not None:
-        console.print(f"speed: {report.speedup:.2f}x the original (median of paired runs)")
-    if report.quality is not None:
-        q = report.quality
-        console.print(f"{q.metric} on {q.rows} rows: {q.lost} lost, {q.won} won, p = {q.p_value:.2g}")
-    if report.checked_passes:
-        console.print(f"checked: outputs unchanged by all {report.checked_passes} exact changes")
-    for output in report.outputs[:3]:
-        sqnr = "no error" if output.sqnr_db is None else f"SQNR {output.sqnr_db:.1f} dB"
-        agreement = "" if output.argmax_agreement is None else f", argmax agrees on {100 * output.argmax_agreement:.1f} %"
-        console.print(escape(f"output {output.name}: {sqnr}, max error {output.max_error:.3g} of {output.scale:.3g}{agreement}"))
+        console.print(
+            f"passes: {busy or 'nothing to change'}" + (f"; {_plural(idle, 'other')} had nothing to do" if idle and busy else "")
+        )
+    _print_table(console, figures_table(["original", "optimised"], [report.before, report.after]))
+    _print_measured(console, report)
     for warning in report.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
     console.print(f"written: {escape(str(report.after.path))}")
 
 
+def _print_measured(console: Console, report: Report) -> None:
+    """Under what conditions the figures hold, and what no column of the table can say."""
+    if any(p.name == "quantize" and p.changes for p in report.passes):
+        console.print("nodes: QuantizeLinear and DequantizeLinear are counted; the runtime fuses them into INT8 kernels")
+    timed = report.after.latency
+    if report.speedup is not None and timed is not None:
+        runs = f"{_plural(timed.runs, 'paired run')}, batch {timed.batch}, {_plural(timed.threads, 'thread')}"
+        console.print(f"speed: {report.speedup:.2f}x the original (median of {runs})")
+    if report.quality is not None:
+        console.print(f"{report.quality.metric} on {quality_text(report.quality)}")
+    if report.checked_passes:
+        console.print(f"checked: {_plural(report.checked_passes, 'exact change')} left the outputs as they were, but for rounding")
+    if report.outputs:
+        console.print(escape(f"outputs against the original's, on {report.compared_on}:"))
+    for output in report.outputs[:_SHOWN]:
+        sqnr = "no error" if output.sqnr_db is None else f"SQNR {output.sqnr_db:.1f} dB"
+        agreement = "" if output.argmax_agreement is None else f", same argmax on {100 * output.argmax_agreement:.1f} %"
+        error = f"max error {output.max_error:.3g} on a scale of {output.scale:.3g}"
+        console.print(escape(f"  {output.name}: {sqnr}, {error}{agreement}"))
+    if len(report.outputs) > _SHOWN:
+        console.print(f"  and {len(report.outputs) - _SHOWN} more (see --report)")
+
+
+def quality_text(row: QualityRow) -> str:
+    """'400 rows: 4 worse, 6 better (p = 0.75, sign test)'."""
+    return f"{_plural(row.rows, 'row')}: {row.lost} worse, {row.won} better (p = {row.p_value:.2g}, sign test)"
+
+
 def _passes_table(passes: Sequence[PassRow]) -> Table:
-    table = _table("", "changes", "seconds", "nodes", "parameters", "MACs", first="pass")
+    table = _table("changes", "seconds", "nodes", "parameters", "MACs", first="pass")
     for row in passes:
         options = " ".join(f"{k}={v}" for k, v in row.options.items())
         macs = "-" if row.macs is None else _count(row.macs)
@@ -130,36 +179,51 @@ def _print_rejections(console: Console, passes: Sequence[PassRow]) -> None:
 
 def show_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """A two-column table."""
-    table = Table(title=escape(title), title_justify="left", box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table = _listing()
     for label, value in rows:
         table.add_row(escape(label), escape(value))
-    _console().print(table)
-
-
-def show_groups(found: Any) -> None:
-    """Groups, then what is pinned."""
     console = _console()
-    table = Table(title="removable groups", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in found.HEADER:
-        table.add_column(column)
-    for row in found.rows():
-        table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
-    console.print("\npinned")
-    for line in found.pinned_rows():
-        console.print("  " + escape(line))
+    console.print(f"[bold]{escape(title)}[/]")
+    _print_table(console, table)
+
+
+def show_groups(found: GroupsView) -> None:
+    """Groups, what holds them, then what is pinned."""
+    console = _console()
+    if found.groups:
+        table = _table(*found.HEADER[1:], first=found.HEADER[0])
+        for row in found.rows():
+            table.add_row(*row)
+        _print_table(console, table)
+        console.print(
+            f"removable: what prune-channels takes at most with round_to={found.round_to}; shares are of the whole group, and a weight "
+            "between two groups counts in both"
+        )
+        _block(console, "groups", found.held_rows())
+    else:
+        console.print("no group of units can be removed")
+    _block(console, "pinned: these axes stay", found.pinned_rows())
+
+
+def _block(console: Console, title: str, lines: Sequence[str]) -> None:
+    """A titled list; lines that do not fit go on under their text."""
+    if not lines:
+        return
+    console.print(f"\n[bold]{title}[/]")
+    for line in lines:
+        console.print(Padding(escape(line), (0, 0, 0, 2)) if console.is_terminal else "  " + escape(line))
 
 
 def show_differences(rows: Sequence[OutputDifference]) -> None:
     """One row an output."""
-    table = _table("", "max error", "mean error", "scale", "SQNR", "cosine", "argmax agreement", first="output")
+    table = _table("max error", "mean error", "scale", "SQNR", "cosine", "same argmax", first="output")
     for r in rows:
         agreement = "-" if r.argmax_agreement is None else _percent(r.argmax_agreement)
         name = escape(r.name) + ("" if r.same_shape else " (shapes differ)")
         table.add_row(
             name, f"{r.max_error:.4g}", f"{r.mean_error:.4g}", f"{r.scale:.4g}", f"{r.sqnr_db:.1f} dB", f"{r.cosine:.6f}", agreement
         )
-    _console().print(table)
+    _print_table(_console(), table)
 
 
 def show_diff(found: Diff) -> None:
@@ -180,51 +244,76 @@ def show_diff(found: Diff) -> None:
 
 def show_passes(passes: Sequence[Pass]) -> None:
     """Name, exactness and summary."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("pass", "kind", "what it does"):
-        table.add_column(column)
+    table = _listing("pass", "results", "what it does")
     for entry in passes:
-        kind = "exact" if entry.exact else ("needs data" if entry.needs_data else "changes results")
-        table.add_row(entry.name, kind, escape(entry.summary()))
-    _console().print(table)
+        table.add_row(entry.name, "the same" if entry.exact else "change", escape(entry.summary()))
+    console = _console()
+    _print_table(console, table)
+    console.print("\n`graphopt passes NAME` describes a pass and its options.")
 
 
 def show_pass(entry: Pass) -> None:
     """The whole docstring, then the options with types and defaults."""
     console = _console()
     console.print(f"[bold]{entry.name}[/]  ({entry.fn.__module__})\n")
-    console.print(escape(inspect.getdoc(entry.fn) or "no description"))
-    if entry.after:
-        console.print(f"\nmust come after: {', '.join(sorted(entry.after))}")
+    described = inspect.getdoc(entry.fn) or "no description"
+    console.print(escape(_reflowed(described) if console.is_terminal else described))
+    notes = ["exact: outputs move by rounding only"] if entry.exact else ["not exact: outputs change; measure with --eval"]
+    notes += ["needs calibration data (--calib)"] * entry.needs_data
+    notes += [f"must come after {', '.join(sorted(entry.after))}, where the pipeline has them"] * bool(entry.after)
+    console.print("\n" + "\n".join(notes))
     types = entry.types()
     if types:
         console.print("\noptions:")
     for name, parameter in entry.options().items():
-        kind = getattr(types[name], "__name__", None) if isinstance(types[name], type) else str(types[name])
-        default = "required" if parameter.default is inspect.Parameter.empty else f"default {parameter.default!r}"
-        console.print(escape(f"  {name}: {str(kind).replace('typing.', '')}, {default}"))
+        console.print(escape(f"  {name}: {_kind(types[name])}, {_default(parameter.default)}"))
+
+
+def _reflowed(text: str) -> str:
+    """Paragraphs and list items on one line each, so that the terminal's width breaks them, not the source's."""
+    return re.sub(r"\n +(?=\S)|\n(?=[^\s-])", lambda m: " ", text.replace("\n\n", "\0")).replace("\0", "\n\n")
+
+
+def _kind(hint: Any) -> str:
+    """A type as a user writes its values."""
+    parts = [part for part in get_args(hint) if part not in (type(None), ...)]
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, parts))
+    if get_origin(hint) is tuple:
+        return "one, or several as 'a,b'"
+    if parts:
+        return " or ".join(map(_kind, parts))
+    return {bool: "true or false", str: "text", int: "whole number", float: "number"}.get(
+        hint, getattr(hint, "__name__", str(hint))
+    )
+
+
+def _default(value: Any) -> str:
+    if value is inspect.Parameter.empty:
+        return "required"
+    if value is None or value == ():
+        return "not set by default"
+    return f"default {str(value).lower() if isinstance(value, bool) else value}"
 
 
 def show_presets() -> None:
     """Name, what for, the passes."""
     from graphopt.presets import PRESETS
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("preset", "what for", "passes"):
-        table.add_column(column)
+    table = _listing("preset", "what for", "passes")
     for name, preset in PRESETS.items():
         table.add_row(name, escape(preset.summary), preset.passes + (" (until nothing changes)" if preset.repeat else ""))
-    _console().print(table)
+    _print_table(_console(), table)
 
 
 def show_targets(targets: Sequence[Target]) -> None:
     """Name and summary."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("target", "what it is"):
-        table.add_column(column)
+    table = _listing("target", "what it is")
     for target in targets:
         table.add_row(target.name, escape(target.summary))
-    _console().print(table)
+    console = _console()
+    _print_table(console, table)
+    console.print("\n`graphopt targets NAME` says what runs in INT8 there, what not, and why.")
 
 
 def show_target(target: Target) -> None:
@@ -243,18 +332,19 @@ def show_target(target: Target) -> None:
 def show_demo(stages: Sequence[Stage]) -> None:
     """The demo's table and where its files are."""
     console = _console()
-    console.print(figures_table("handwritten digits, 8x8", [s.name for s in stages], [s.row for s in stages]))
+    console.print("[bold]a small network for handwritten digits, 8x8[/]")
+    _print_table(console, figures_table([s.name for s in stages], [s.row for s in stages]))
     for stage in stages:
         if stage.report is None:
             continue
-        q = stage.report.quality
-        verified = f"{stage.report.checked_passes} exact changes checked"
-        if q is not None:
-            verified += f"; {q.rows} labelled rows: {q.lost} lost, {q.won} won (p = {q.p_value:.2g})"
+        verified = f"{_plural(stage.report.checked_passes, 'exact change')} checked"
+        if stage.report.quality is not None:
+            verified += f"; {quality_text(stage.report.quality)}"
         console.print(f"{stage.name}: {stage.speedup:.2f}x the baseline's speed; {verified}")
         console.print(f"  passes: {escape(stage.report.pipeline)}")
         for warning in stage.report.warnings:
             console.print(f"  [yellow]warning:[/] {escape(warning)}")
-    console.print("files:")
+    console.print("nodes: QuantizeLinear and DequantizeLinear are counted; the runtime fuses them into INT8 kernels")
+    console.print("files (the reports of how each was made are beside them, as .json):")
     for stage in stages:
         console.print(f"  {escape(str(stage.row.path))}")

@@ -65,10 +65,8 @@ class GroupsView:
         "removable",
         "params/unit",
         "MACs/unit",
-        "params",
-        "MACs",
-        "weights",
-        "nodes",
+        "of params",
+        "of MACs",
     )
     parameters: int  # of the whole model
     macs: int
@@ -91,11 +89,13 @@ class GroupsView:
                 f"{g.macs_per_unit:,}",
                 _share(g.parameters, self.parameters),
                 _share(g.macs, self.macs),
-                g.name,
-                _few([short(n) for n in g.nodes]),
             )
             for g in self.groups
         ]
+
+    def held_rows(self) -> list[str]:
+        """One line a group: the weights that shrink, and the nodes they belong to."""
+        return [f"{g.index}: weights {g.name}; nodes {_few([short(n) for n in g.nodes])}" for g in self.groups]
 
     def pinned_rows(self) -> list[str]:
         """One line a reason and place, with the axes it pins."""
@@ -152,7 +152,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{part:,} ({100 * part / whole:.1f} %)" if whole else f"{part:,}"
+    return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
 def names_of(group: Group, tensors: Mapping[str, gs.Tensor]) -> tuple[str, ...]:

@@ -77,15 +77,18 @@ class Inspection:
     def rows(self) -> list[tuple[str, str]]:
         """Label and text, one a line of a table."""
         sizes = ", ".join(f"{place} = {size}" for place, size in self.assumed.items())
-        known = f"at least {self.counted_macs:,}: {len(self.uncounted)} nodes uncounted" if self.macs is None else f"{self.macs:,}"
+        left = Counter(reason for _, reason in self.uncounted)
+        why = "; ".join(f"{count} not counted: {reason}" for reason, count in left.items())
+        known = f"at least {self.counted_macs:,} ({why})" if self.macs is None else f"{self.macs:,}"
         rows = [
             ("opset", ", ".join([str(self.opset), *(f"{name} {version}" for name, version in self.domains.items())])),
             *(("input", _tensor(t)) for t in self.inputs),
             *(("output", _tensor(t)) for t in self.outputs),
             ("dynamic axes", ", ".join(self.dynamic_axes) or "none"),
             ("nodes", f"{self.nodes:,}"),
+            ("ops", ", ".join(f"{op} {count}" for op, count in self.ops.items()) or "none"),
             ("parameters", f"{self.parameters:,}"),
-            ("MACs", known + (f" (with {sizes})" if sizes else "")),
+            ("MACs", known + (f", with {sizes}" if sizes else "")),
             *((f"weights {name}", f"{w.elements:,} in {w.tensors} tensors, {w.bytes:,} bytes") for name, w in self.weights.items()),
             ("quantised", self.verdict),
         ]
@@ -163,8 +166,13 @@ def verdict(found: Mapping[str, int]) -> str:
 
 
 def _tensor(info: TensorInfo) -> str:
-    shape = "unknown rank" if info.shape is None else " x ".join(str("?" if d is None else d) for d in info.shape) or "scalar"
+    shape = "unknown rank" if info.shape is None else " x ".join("?" if _unnamed(d) else str(d) for d in info.shape) or "scalar"
     return f"{info.name}  {info.dtype or 'no tensor'}  {shape}"
+
+
+def _unnamed(size: int | str | None) -> bool:
+    """A dynamic axis that the model gives no name; shape analysis calls it '?tensor:axis'."""
+    return size is None or (isinstance(size, str) and size.startswith("?"))
 
 
 def _info(tensor: gs.Tensor, shapes: Shapes) -> TensorInfo:
@@ -174,7 +182,11 @@ def _info(tensor: gs.Tensor, shapes: Shapes) -> TensorInfo:
 
 def _dynamic(inputs: tuple[TensorInfo, ...]) -> list[str]:
     places = [(t.name, i, d) for t in inputs for i, d in enumerate(t.shape or ())]
-    return [f"{name}[{i}]" + (f" ({d})" if isinstance(d, str) else "") for name, i, d in places if not isinstance(d, int) or d < 0]
+    return [
+        f"{name}[{i}]" + ("" if _unnamed(d) or isinstance(d, int) else f" ({d})")
+        for name, i, d in places
+        if not isinstance(d, int) or d < 0
+    ]
 
 
 def _by_dtype(model: Model) -> dict[str, WeightInfo]:

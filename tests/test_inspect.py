@@ -39,7 +39,8 @@ def test_it_is_json_and_rows() -> None:
     seen = look(PLAIN, denormals=True)
     assert json.loads(json.dumps(seen.to_dict()))["weights"] == {"float32": {"tensors": 2, "elements": 6, "bytes": 24}}
     rows = dict(seen.rows())
-    assert rows["MACs"] == "4 (with x[N] = 1)"
+    assert rows["MACs"] == "4, with x[N] = 1"
+    assert rows["ops"] == "MatMul 1, Add 1, Relu 1"
     assert rows["input"] == "x  float32  N x 2"
     assert rows["denormals"] == "0 (0.00 % of the floating-point weights)"
 
