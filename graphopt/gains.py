@@ -20,15 +20,19 @@ from graphopt.emit import sources
 from graphopt.errors import DataError, ModelError
 from graphopt.measure import Latency, cpu_features, latency, peak_memory
 from graphopt.model import Model
+from graphopt.registry import find
 from graphopt.report import Environment, LatencyRow, ModelRow, OutputRow, QualityRow, Report
 from graphopt.runtime import Feed, run, runnable, session
+from graphopt.targets import find_target
 
 if TYPE_CHECKING:
     from graphopt.api import Figures, Settings
     from graphopt.data import Dataset
 
 COMPARE_ROWS = 64  # rows on which outputs are compared
+GENERATED_ROWS = 2  # the same where no data was given
 SLOWER = 0.97  # a ratio of latencies under this is called slower: above, it is within the machine's noise
+_DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 _FLOAT_COMPUTE = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
 
 
@@ -83,8 +87,31 @@ def measure_gains(
         if evaluation is not None and scored is not None:
             _quality(report, session(contents[1], threads=0), evaluation, scored, settings)
         if settings.measure:
+            settings.progress("measure latency and memory", 0, 0)
             _speed(report, contents, original, evaluation or calibration)
-    report.warnings += _kernels_that_ran(work)
+    report.warnings += _unmeasured(report)
+    if find_target(settings.target).onnxruntime:
+        report.warnings += _kernels_that_ran(work)
+
+
+def _unmeasured(report: Report) -> list[str]:
+    """What the figures do not say and the user must know."""
+    inexact = [p.name for p in report.passes if p.changes and not find(p.name).exact]
+    said = []
+    if inexact and report.quality is None:
+        said.append(
+            f"quality was not measured, and {' and '.join(dict.fromkeys(inexact))} can lower it: give labelled rows (--eval)"
+        )
+    target = find_target(report.target)
+    quantized = "quantize" in inexact
+    features = report.environment.cpu_features
+    if quantized and not target.onnxruntime and report.after.latency is not None:
+        said.append(
+            f"latency and memory are onnxruntime's on this CPU; they say nothing about {target.name}, where the model is to run"
+        )
+    if quantized and target.dot_products and features and not _DOT_PRODUCTS & set(features):
+        said.append(f"this CPU has no INT8 dot products, which {target.name} relies on: here, give --target ort-cpu-no-vnni")
+    return said
 
 
 def _size(content: bytes | Path) -> int:
@@ -102,10 +129,11 @@ def _outputs(report: Report, contents: Sequence[bytes | Path], model: Model, dat
     from graphopt.api import check_feeds
 
     names = [t.name for t in model.graph.outputs]
-    feeds = check_feeds(model, data, COMPARE_ROWS if data else 2)
+    feeds = check_feeds(model, data, COMPARE_ROWS if data else GENERATED_ROWS)
     first, second = (_answers(c, feeds, names) for c in contents)
     pairs = zip(list(first), second, strict=True) if _large(contents) else zip(first, second, strict=True)
     report.outputs = [_output_row(d) for d in differences(names, pairs)]
+    report.compared_on = f"the first {len(feeds)} of {data.where}" if data else f"{len(feeds)} random inputs (no data was given)"
 
 
 def _answers(content: bytes | Path, feeds: Sequence[Feed], names: Sequence[str]) -> Iterator[list[Any]]:
@@ -166,7 +194,7 @@ def _speed(report: Report, contents: Sequence[bytes | Path], model: Model, data:
         report.warnings.append(f"peak memory was not measured: {error}")
     report.before = report.before.model_copy(update={"latency": _latency_row(rows[0]), "peak_memory_bytes": peaks[0]})
     report.after = report.after.model_copy(update={"latency": _latency_row(rows[1]), "peak_memory_bytes": peaks[1]})
-    if paired and rows[1].speedup < SLOWER:
+    if paired and rows[1].speedup < SLOWER and find_target(report.target).onnxruntime:
         quantized = any(p.name == "quantize" and p.changes for p in report.passes)
         what = "the INT8 model" if quantized else "the result"
         report.warnings.append(

@@ -74,7 +74,7 @@ class QualityRow(_Row):
 
 
 class OutputRow(_Row):
-    """How far one output moved, on calibration, evaluation or generated rows."""
+    """How far one output moved on the rows that `compared_on` names."""
 
     name: str
     max_error: float
@@ -115,6 +115,7 @@ class Report(BaseModel):
     speedup: float | None = Field(default=None, description="median of paired latency ratios; below 1 the result is slower")
     quality: QualityRow | None = None
     outputs: list[OutputRow] = Field(default_factory=list)
+    compared_on: str | None = Field(default=None, description="the rows on which `outputs` were compared")
     checked_passes: int = Field(default=0, description="exact passes whose outputs were compared before and after (--check)")
     warnings: list[str] = Field(default_factory=list)
 

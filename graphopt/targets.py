@@ -44,7 +44,8 @@ class Target:
     """Types and ops of one runtime. Ops are keyed as in `op_key`; `unlisted` is the reason for every op without a row.
 
     `symmetric`: activations have zero point 0 (or the middle of u8). `weight_bits`: 7 leaves headroom in 16-bit accumulation.
-    `bias`: s32 with scale input x weight, or float. `tables`: embedding tables may be int8.
+    `bias`: s32 with scale input x weight, or float. `tables`: embedding tables may be int8. `onnxruntime`: it is the runtime, so
+    what is measured here is what the user gets. `dot_products`: the CPU must have INT8 dot products, or sums saturate.
     `why`: the reason of each of these settings by field name.
     """
 
@@ -58,6 +59,8 @@ class Target:
     per_channel: bool = True
     bias: Literal["s32", "float"] = "s32"
     tables: bool = True
+    onnxruntime: bool = False
+    dot_products: bool = False
     why: Mapping[str, str] = field(default_factory=dict)
 
     def support(self, op: str) -> Support:
@@ -178,6 +181,8 @@ ORT_CPU = Target(
     "onnxruntime on x86 with VNNI or AMX, and on ARM with dot products",
     _ORT_CPU,
     "not known to run in INT8 in onnxruntime's CPU provider",
+    onnxruntime=True,
+    dot_products=True,
     why={
         "activation": "u8 x s8 is what VNNI multiplies: s8 activations run convolutions 2-5x and MatMul 7-30x slower",
         "symmetric": "a free zero point doubles the resolution after Relu and costs nothing",
@@ -192,6 +197,7 @@ ORT_CPU_NO_VNNI = replace(
     name="ort-cpu-no-vnni",
     summary="onnxruntime on x86 with AVX2 or AVX-512 but without VNNI",
     weight_bits=7,
+    dot_products=False,
     why={**ORT_CPU.why, "weight_bits": _SATURATES},
 )
 OPENVINO = Target(

@@ -194,3 +194,50 @@ def test_demo(cli: Run, tmp_path: Path) -> None:
     code, _, err = cli("demo", "-o", folder)
     assert code == 1
     assert "is not empty" in err
+
+
+def test_pruning_without_labels_and_targets_that_are_not_here_are_warned_about(cli: Run, digits: Path, tmp_path: Path) -> None:
+    common = ("optimize", digits / "digits.onnx", "--no-measure", "--calib", digits / "digits_calib.npz")
+    code, out, _ = cli(*common, "-o", tmp_path / "a.onnx", "--passes", "prune-channels macs=0.8")
+    assert code == 0
+    assert "warning: quality was not measured, and prune-channels can lower it" in out
+    assert "on the first 64 of " in out
+    out = cli(*common, "-o", tmp_path / "b.onnx", "--passes", "fold-bn")[1]
+    assert "warning" not in out
+    evaluated = (*common[:2], *common[3:], "--eval", digits / "digits_eval.npz", "--preset", "int8", "--target", "tensorrt")
+    out = cli(*evaluated, "-o", tmp_path / "c.onnx")[1]
+    assert "they say nothing about tensorrt" in out
+    assert "SLOWER" not in out
+    assert "run in float in onnxruntime" not in out
+
+
+def test_a_cpu_without_dot_products_is_told_which_target_to_take(
+    cli: Run, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphopt.gains.cpu_features", lambda: {"name": "old", "features": ["avx2"]})
+    common = ("optimize", digits / "digits.onnx", "--no-measure", "--calib", digits / "digits_calib.npz", "--preset", "int8")
+    assert "--target ort-cpu-no-vnni" in cli(*common, "-o", tmp_path / "a.onnx")[1]
+    assert "dot products" not in cli(*common, "-o", tmp_path / "b.onnx", "--target", "ort-cpu-no-vnni")[1]
+
+
+def test_in_a_pipe_a_row_is_one_line_without_trailing_spaces(cli: Run, digits: Path) -> None:
+    for command in (
+        ("groups", digits / "digits.onnx"),
+        ("inspect", digits / "digits.onnx"),
+        ("passes",),
+        ("presets",),
+        ("targets",),
+    ):
+        lines = cli(*command)[1].splitlines()
+        assert [line for line in lines if line != line.rstrip()] == []
+    assert any(line.startswith("fold ") and line.endswith("(until nothing changes)") for line in cli("presets")[1].splitlines())
+
+
+def test_options_are_described_as_a_user_writes_them(cli: Run) -> None:
+    out = cli("passes", "quantize")[1]
+    assert "method: minmax or moving-average or percentile or entropy or mse, default mse" in out
+    assert "per_channel: true or false, default true" in out
+    for name in ("quantize", "prune-channels", "fold-constants"):
+        shown = cli("passes", name)[1]
+        described, _, options = shown.partition("options:")
+        assert [o for o in options.split("\n  ")[1:] if o.partition(":")[0] not in described] == []

@@ -114,7 +114,7 @@ def test_all_int8_rows_are_checked_and_have_a_quantisation_rule() -> None:
 
 @pytest.mark.parametrize("target", BUILTIN.values(), ids=lambda t: t.name)
 def test_every_row_and_setting_has_its_reason(target: Target) -> None:
-    settings = {f.name for f in fields(Target)} - {"name", "summary", "ops", "unlisted", "why"}
+    settings = {f.name for f in fields(Target)} - {"name", "summary", "ops", "unlisted", "why", "onnxruntime", "dot_products"}
     assert set(target.why) == settings
     assert all(target.why.values())
     assert all(support.reason for support in target.ops.values())
@@ -166,3 +166,8 @@ def test_packaged_targets_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Point("mine", "other:T", mine)])
     assert find_target("mine") is mine
     assert list(targets.targets()) == [*BUILTIN, "mine"]
+
+
+def test_targets_that_run_elsewhere_or_need_other_cpus_are_told_apart() -> None:
+    assert {name for name, t in BUILTIN.items() if t.onnxruntime} == {"ort-cpu", "ort-cpu-no-vnni"}
+    assert [name for name, t in BUILTIN.items() if t.dot_products] == ["ort-cpu"]
