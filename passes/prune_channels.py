@@ -65,12 +65,18 @@ def prune_channels(
 ) -> int:
     """The least important units of every coupled group are cut out of all weights that hold them.
 
-    Give exactly one of ratio (share of units removed), macs and params (share of the model's MACs or parameters that stays: the
-    least pruning that gets there). scope: uniform takes the same share of every group, global ranks all units together (LAMP).
-    criterion: see graphopt.criteria. round_to: groups keep multiples, and those too small for one stay whole. minimum: units
-    every group keeps. include, exclude: patterns of weight and node names; one match is enough. protect: patterns of outputs that
-    must not change at all: no group that they depend on is pruned.
-    Returns the number of units removed. Not exact: evaluate the result. Fold BatchNormalization first, scores are better then.
+    - ratio, macs, params: give exactly one. ratio: the share of units to remove; macs, params: the share of the model's MACs or
+      parameters that stays, by the least pruning that gets there.
+    - scope: uniform takes the same share of every group, global ranks all units together (LAMP).
+    - criterion: how important a unit is. l1, l2: the size of its weights; bn-scale: its BatchNormalization scale (use it before
+      fold-bn); activation: its mean magnitude on calibration rows (--calib) times the weights that read it; or a plugin's.
+    - round_to: groups keep a multiple of this many units, and those too small for one stay whole; kernels like multiples of 8.
+    - minimum: units that every group keeps.
+    - include, exclude: patterns (* and ?) of names of weights and nodes; a group matches by any of its own.
+    - protect: patterns of outputs that must not change at all: no group that they depend on is pruned.
+
+    Returns the number of units removed. Not exact: evaluate the result. `graphopt groups MODEL` shows what could go. Fold
+    BatchNormalization first (except for bn-scale): scores are better then.
     """
     goal = _goal(ratio, macs, params)
     if round_to < 1 or minimum < 1:

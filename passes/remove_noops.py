@@ -304,7 +304,7 @@ NOOPS: dict[str, Rule] = {
 
 @register("remove-noops", exact=True, keeps={"shapes"})
 def remove_noops(model: Model, context: Context) -> int:
-    """Identity, Dropout and every node that provably changes nothing (NOOPS) is removed; its readers read its input.
+    """Identity, Dropout and every node that provably changes nothing is removed; its readers read its input.
 
     Proofs use the inferred shapes and dtypes; a symbol stands for one size in the whole model (ONNX IR spec). Nodes whose other
     outputs are read stay, and so do those between a graph input (or a constant) and a graph output. Bodies are treated alike.
