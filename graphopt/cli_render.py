@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from graphopt.targets import Target
 
 _UNBOUNDED = 10_000  # columns
+_NODES = "nodes: QuantizeLinear and DequantizeLinear are counted; they vanish where the runtime computes in INT8"
 _SHOWN = 3  # outputs named on the screen; the report has all
 
 
@@ -133,7 +134,7 @@ def show_report(report: Report, *, verbose: bool) -> None:
 def _print_measured(console: Console, report: Report) -> None:
     """Under what conditions the figures hold, and what no column of the table can say."""
     if any(p.name == "quantize" and p.changes for p in report.passes):
-        console.print("nodes: QuantizeLinear and DequantizeLinear are counted; the runtime fuses them into INT8 kernels")
+        console.print(_NODES)
     timed = report.after.latency
     if report.speedup is not None and timed is not None:
         runs = f"{_plural(timed.runs, 'paired run')}, batch {timed.batch}, {_plural(timed.threads, 'thread')}"
@@ -196,8 +197,8 @@ def show_groups(found: GroupsView) -> None:
             table.add_row(*row)
         _print_table(console, table)
         console.print(
-            f"removable: what prune-channels takes at most with round_to={found.round_to}; shares are of the whole group, and a weight "
-            "between two groups counts in both"
+            f"removable: what prune-channels takes at most with round_to={found.round_to}; "
+            "shares are of the whole group, and a weight between two groups counts in both"
         )
         _block(console, "groups", found.held_rows())
     else:
@@ -344,7 +345,7 @@ def show_demo(stages: Sequence[Stage]) -> None:
         console.print(f"  passes: {escape(stage.report.pipeline)}")
         for warning in stage.report.warnings:
             console.print(f"  [yellow]warning:[/] {escape(warning)}")
-    console.print("nodes: QuantizeLinear and DequantizeLinear are counted; the runtime fuses them into INT8 kernels")
+    console.print(_NODES)
     console.print("files (the reports of how each was made are beside them, as .json):")
     for stage in stages:
         console.print(f"  {escape(str(stage.row.path))}")

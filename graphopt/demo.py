@@ -47,6 +47,7 @@ def run_demo(folder: Path, *, overwrite: bool, progress: Progress) -> list[Stage
     from graphopt.api import check_feeds
 
     feed = check_feeds(load(source), None, 1)[0]
+    progress("measure latency and memory", 0, 0)
     timed = latency(paths, feed, seconds=SECONDS)
     reports = [r.report for r in results.values()]
     rows = [reports[0].before, *(r.after for r in reports)]

@@ -18,6 +18,7 @@ import onnx
 from graphopt.compare import OutputDifference, differences
 from graphopt.emit import sources
 from graphopt.errors import DataError, ModelError
+from graphopt.feeds import row_count
 from graphopt.measure import Latency, cpu_features, latency, peak_memory
 from graphopt.model import Model
 from graphopt.registry import find
@@ -133,7 +134,11 @@ def _outputs(report: Report, contents: Sequence[bytes | Path], model: Model, dat
     first, second = (_answers(c, feeds, names) for c in contents)
     pairs = zip(list(first), second, strict=True) if _large(contents) else zip(first, second, strict=True)
     report.outputs = [_output_row(d) for d in differences(names, pairs)]
-    report.compared_on = f"the first {len(feeds)} of {data.where}" if data else f"{len(feeds)} random inputs (no data was given)"
+    report.compared_on = (
+        f"the first {sum(row_count(f) or 1 for f in feeds)} rows of {data.where}"
+        if data
+        else f"{len(feeds)} random inputs (no data was given)"
+    )
 
 
 def _answers(content: bytes | Path, feeds: Sequence[Feed], names: Sequence[str]) -> Iterator[list[Any]]:

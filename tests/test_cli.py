@@ -201,7 +201,7 @@ def test_pruning_without_labels_and_targets_that_are_not_here_are_warned_about(c
     code, out, _ = cli(*common, "-o", tmp_path / "a.onnx", "--passes", "prune-channels macs=0.8")
     assert code == 0
     assert "warning: quality was not measured, and prune-channels can lower it" in out
-    assert "on the first 64 of " in out
+    assert "on the first 64 rows of " in out
     out = cli(*common, "-o", tmp_path / "b.onnx", "--passes", "fold-bn")[1]
     assert "warning" not in out
     evaluated = (*common[:2], *common[3:], "--eval", digits / "digits_eval.npz", "--preset", "int8", "--target", "tensorrt")
