@@ -14,14 +14,14 @@ class Preset:
     repeat: bool = False
 
 
-CLEANUP = (
-    "fold-constants, remove-noops, drop-defaults, merge-reshapes, fuse-pads, common-subexpressions, merge-initializers, "
-    "flush-denormals, dead-code"
-)
+SIMPLIFY = "fold-constants, remove-noops, drop-defaults, merge-reshapes, fuse-pads"
+MERGE = "common-subexpressions, merge-initializers, flush-denormals, dead-code"
+CLEANUP = f"{SIMPLIFY}, {MERGE}"
+FOLD = f"{SIMPLIFY}, fold-bn, fold-scales, {MERGE}"  # folding before merging: a weight that several nodes share cannot take a scale
 
 PRESETS: dict[str, Preset] = {
     "cleanup": Preset(CLEANUP, "exact simplification: fewer nodes, the same outputs", repeat=True),
-    "fold": Preset(f"{CLEANUP}, fold-bn, fold-scales", "cleanup, and per-channel scales folded into the weights", repeat=True),
+    "fold": Preset(FOLD, "cleanup, and per-channel scales folded into the weights", repeat=True),
     "int8": Preset("fold, quantize", "fold, then INT8 (needs calibration data)"),
     "prune": Preset(
         "fold, prune-channels macs=0.8 scope=global, cleanup",
