@@ -22,9 +22,11 @@ def peak():
         if line.startswith("VmHWM"): return int(line.split()[1]) * 1024
 def now():
     try: return peak()
-    except OSError:
-        info = psutil.Process().memory_info()
-        return getattr(info, "peak_wset", info.rss)
+    except OSError: pass
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"): return info.peak_wset  # Windows
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
 options = ort.SessionOptions(); options.intra_op_num_threads = 1; options.log_severity_level = 4
 feed = dict(np.load(sys.argv[2])); before = psutil.Process().memory_info().rss
 session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])

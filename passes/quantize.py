@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -24,6 +24,9 @@ from graphopt.registry import register
 from graphopt.runtime import runnable
 from graphopt.shapes import shapes
 from graphopt.targets import ORT_CPU, Target
+
+if TYPE_CHECKING:
+    from graphopt.data import Dataset
 
 Method = Literal["minmax", "moving-average", "percentile", "entropy", "mse"]
 OPSET = 13  # DequantizeLinear with an axis
@@ -61,12 +64,7 @@ def quantize(
     from graphopt.calibrate import calibrate
 
     target = context.target or ORT_CPU
-    present = quantised_ops(model)
-    if present:
-        found = ", ".join(f"{count} {op}" for op, count in present.most_common(3))
-        raise PassError("quantize", f"the model is quantised already ({found}); give the float model it was made from")
-    if context.calibration is None:
-        raise PassError("quantize", "needs calibration data: give rows of typical inputs")
+    rows = _checked(model, context)
     selection = Selection(include, exclude, include_ops, exclude_ops)
     if model.opset < OPSET and plan(model, context.get(shapes, model), target, selection, lambda node, reason: None).units:
         raise_opset(model, OPSET, context)  # only where something will be quantised: 0 changes mean an untouched model
@@ -76,8 +74,8 @@ def quantize(
         return 0
     names = [t.name for t in work.sources()]
     with runnable(model) as content:
-        statistics = calibrate(content, context.calibration, names, method=method, progress=context.progress)
-        means = channel_means(content, context.calibration, corrected(work.units), model.opset) if bias_correction else {}
+        statistics = calibrate(content, rows, names, method=method, progress=context.progress)
+        means = channel_means(content, rows, corrected(work.units), model.opset) if bias_correction else {}
     dtype = np.dtype(np.uint8 if (activation or target.activation) == "u8" else np.int8)
     numbers = _parameters(work, statistics, dtype, target, method, percentile)
     context.facts.update(_facts(work, numbers, target, method))
@@ -85,6 +83,17 @@ def quantize(
     tables = quantise_tables(model, selection) if target.tables else []
     context.facts["tables"] = tables
     return len(work.units) + len(tables)
+
+
+def _checked(model: Model, context: Context) -> Dataset:
+    """The calibration rows. PassError where there are none, and where the model is quantised already."""
+    present = quantised_ops(model)
+    if present:
+        found = ", ".join(f"{count} {op}" for op, count in present.most_common(3))
+        raise PassError("quantize", f"the model is quantised already ({found}); give the float model it was made from")
+    if context.calibration is None:
+        raise PassError("quantize", "needs calibration data: give rows of typical inputs")
+    return context.calibration
 
 
 def _parameters(
