@@ -14,6 +14,7 @@ from graphopt.edit import constant_value, remove_nodes, replace_uses, set_input,
 from graphopt.folding import evaluate, nbytes
 from graphopt.liveness import remove_dead
 from graphopt.model import Model
+from graphopt.operands import Names
 from graphopt.proto import subgraphs
 from graphopt.registry import register
 from graphopt.shapes import Dim, Shape, Shapes, shapes
@@ -73,21 +74,6 @@ def fold_constants(model: Model, context: Context, *, max_bytes: int = 1 << 20, 
     return changes
 
 
-@dataclass
-class _Names:
-    """Names for new constants, unique without searching the model each time."""
-
-    taken: set[str] = field(default_factory=set)
-
-    def fresh(self, base: str) -> str:
-        name, number = base, 0
-        while name in self.taken:
-            number += 1
-            name = f"{base}_{number}"
-        self.taken.add(name)
-        return name
-
-
 def _correct_declarations(model: Model, known: Shapes) -> int:
     """Shapes declared with another rank or another number than inference gives; unknown axes are left open."""
     changes = 0
@@ -107,7 +93,7 @@ def _correct_declarations(model: Model, known: Shapes) -> int:
 
 def _fold_shapes(model: Model, known: Shapes) -> int:
     """Replace integer tensors whose elements are known, and reuse the first of those that are provably equal."""
-    names = _Names(set(model.tensors()))
+    names = Names(model)
     outputs = model.wiring().outputs
     changes = 0
     for graph in model.graphs():
@@ -121,7 +107,7 @@ def _fold_shapes(model: Model, known: Shapes) -> int:
                     continue
                 same = first.setdefault((value, shape, dtype), tensor)
                 if all(isinstance(v, int) for v in value) and len(value) <= MAX_SHAPE:
-                    changes += _use(tensor, gs.Constant(names.fresh(f"{tensor.name}_value"), np.array(value, dtype).reshape(shape)))
+                    changes += _use(tensor, names.constant(f"{tensor.name}_value", np.array(value, dtype).reshape(shape)))
                 elif same is not tensor:
                     changes += _use(tensor, same)
     return changes
@@ -132,7 +118,7 @@ def _use(old: gs.Tensor, new: gs.Tensor) -> int:
 
 
 def _simplify_targets(model: Model, known: Shapes) -> int:
-    names = _Names(set(model.tensors()))
+    names = Names(model)
     changes = 0
     for node in model.nodes():
         simplify = {"Reshape": _reshape_target, "Expand": _expand_target}.get(op_key(node))
@@ -141,7 +127,7 @@ def _simplify_targets(model: Model, known: Shapes) -> int:
         target = known.value(node.inputs[1].name)
         new = None if target is None else simplify(node, target, known.shape(node.inputs[0].name), model.opset)
         if new is not None:
-            set_input(node, 1, gs.Constant(names.fresh(f"{node.inputs[1].name}_target"), np.array(new, np.int64)))
+            set_input(node, 1, names.constant(f"{node.inputs[1].name}_target", np.array(new, np.int64)))
             changes += 1
     return changes
 
