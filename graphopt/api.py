@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from graphopt.data import Dataset
+    from graphopt.hooks import NumericCheck
     from graphopt.report import PassRow, Report
 
 DEFAULT_PASSES = "fold"
@@ -161,7 +162,7 @@ def optimize_with(source: str | Path | onnx.ModelProto | Model, settings: Settin
         from graphopt.hooks import NumericCheck
 
         numeric = NumericCheck(check_feeds(original, calibration or evaluation, CHECK_ROWS))
-        numeric.start(work)
+        _start(numeric, work, calibration or evaluation)
         hooks.append(numeric)
     try:
         run(work, steps, context, hooks)
@@ -220,6 +221,19 @@ def check_feeds(model: Model, dataset: Dataset | None, rows: int) -> list[dict[s
 
     source = dataset or generated(input_specs(model.interface()), rows)
     return [feed for feed, _ in zip(source.batches(1), range(rows), strict=False)]
+
+
+def _start(check: NumericCheck, model: Model, data: Dataset | None) -> None:
+    """Run the original first; random inputs need not be ones it can take."""
+    try:
+        check.start(model)
+    except ModelError as error:
+        if data is not None:
+            raise
+        message = (
+            f"the model does not run on random inputs, so nothing can be checked; give rows of real ones (--calib, --data): {error}"
+        )
+        raise ModelError(message) from error
 
 
 def _loads(original: Model, work: Model) -> CheckError | None:
@@ -300,6 +314,6 @@ def bisect(
     work = _copy(model)
     dataset = _dataset(calibration, work)
     check = NumericCheck(check_feeds(work, dataset, CHECK_ROWS), tolerance, every=True)
-    check.start(work)
+    _start(check, work, dataset)
     run(work, steps, Context(dataset, find_target(target), progress), [check])
     return check.checked

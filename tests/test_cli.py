@@ -241,3 +241,19 @@ def test_options_are_described_as_a_user_writes_them(cli: Run) -> None:
         shown = cli("passes", name)[1]
         described, _, options = shown.partition("options:")
         assert [o for o in options.split("\n  ")[1:] if o.partition(":")[0] not in described] == []
+
+
+def test_a_check_on_random_inputs_that_do_not_fit_says_what_to_do(cli: Run, tmp_path: Path) -> None:
+    text = (
+        """<ir_version: 8, opset_import: ["" : 17]> g (float[n] x, float[m] y) => (float[k] z) { a = Add(x, y)  z = Identity(a) }"""
+    )
+    shifted = text.replace("a = Add(x, y)", "s = Shape(x)  t = Shape(y)  u = Sub(s, t)  b = Add(x, y)  a = Expand(b, u)")
+    onnx.save(
+        onnx.parser.parse_model(shifted.replace("float[m] y", "float[7] y").replace("float[n] x", "float[5] x")),
+        tmp_path / "m.onnx",
+    )
+    for command in (("optimize", "--check", "-o", tmp_path / "o.onnx"), ("bisect", "--passes", "cleanup")):
+        code, _, err = cli(command[0], tmp_path / "m.onnx", *command[1:])
+        assert code == 1
+        assert "does not run on random inputs" in err
+        assert "give rows of real ones" in err
