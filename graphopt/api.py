@@ -72,6 +72,10 @@ class Result:
             raise self.failure
         return emit.save(self.model, path, overwrite=overwrite)
 
+    def __repr__(self) -> str:
+        failed = f", failed: {self.failure}" if self.failure is not None else ""
+        return f"Result({len(self.model.nodes())} nodes, pipeline {self.report.pipeline!r}{failed})"
+
     def proto(self) -> onnx.ModelProto:
         """The optimised model as protobuf."""
         return self.model.proto()

@@ -254,7 +254,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     type=click.FloatRange(min=0),
     default=1e-4,
     show_default=True,
-    help="How far outputs may move, as a share of their scale.",
+    help="How far outputs may move, as a share of their scale (0.05 or more where a pass quantises).",
 )
 @click.option("--target", default="ort-cpu", show_default=True, help="As for `optimize`.")
 def bisect(model: Path, passes: str, data: str | None, tolerance: float, target: str) -> None:
