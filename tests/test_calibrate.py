@@ -176,7 +176,7 @@ def test_memory_does_not_grow_with_the_rows(method: str, tmp_path: Path) -> None
     """Peak resident memory with 1000 rows of 3x224x224 within 10 % of 100 rows; the whole data would take 602 MB."""
     convolutions(tmp_path / "model.onnx")
     peaks = {}
-    for rows in (100, 1000):
+    for rows, runs in ((100, 3), (1000, 1)):  # few rows do not always meet the worst moment, when all workers are at their peak
         path = tmp_path / f"{rows}.npy"
         data = np.lib.format.open_memmap(path, "w+", np.float32, (rows, 3, 224, 224))
         for row in range(rows):
@@ -184,8 +184,8 @@ def test_memory_does_not_grow_with_the_rows(method: str, tmp_path: Path) -> None
         data.flush()
         del data
         command = [sys.executable, "-c", PEAK, str(tmp_path / "model.onnx"), str(path), method]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        peaks[rows] = int(result.stdout)
+        results = [subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(runs)]
+        assert not any(result.returncode for result in results), results
+        peaks[rows] = sorted(int(result.stdout) for result in results)[runs // 2]
         path.unlink()
     assert peaks[1000] < 1.1 * peaks[100], peaks
