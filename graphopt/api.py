@@ -274,7 +274,7 @@ def _report(
         source=str(original.path) if original.path else None,
         source_sha256=_sha256(original.path) if original.path else None,
         target=settings.target,
-        pipeline=settings.passes if isinstance(settings.passes, str) else to_text(steps),
+        pipeline=_pipeline_text(settings, steps),
         calibration=f"{calibration.where}, sha256 {calibration.digest()}" if calibration is not None else None,
         seconds=0.0,
         passes=passes,
@@ -282,6 +282,13 @@ def _report(
         after=model_row(work, costs[1]),
         warnings=list(dict.fromkeys([*original.notes, *work.notes, *_unused(calibration)])),
     )
+
+
+def _pipeline_text(settings: Settings, steps: Sequence[Step]) -> str:
+    """As it was written, presets by name, where it was written as text."""
+    if settings.pipeline is None and settings.passes is None:
+        return DEFAULT_PASSES
+    return settings.passes if isinstance(settings.passes, str) else to_text(steps)
 
 
 def _unused(data: Dataset | None) -> list[str]:
