@@ -15,6 +15,7 @@ from graphopt import dim_rules_layout, dim_rules_linear, dim_rules_norm, dim_rul
 from graphopt.dim_folds import resolve
 from graphopt.dim_labels import NO_LABELS, ONE, Dims, Labels, Pin, is_one
 from graphopt.dim_rules import DIM_RULES, Axes, PinError, Site
+from graphopt.errors import ModelError
 from graphopt.model import Model
 from graphopt.proto import subgraphs, walk
 from graphopt.shapes import Shapes, shapes
@@ -22,6 +23,7 @@ from graphopt.shapes import Shapes, shapes
 __all__ = ["Dims", "Group", "Pin", "Slice", "couple", "groups"]
 
 
+MALFORMED = (ArithmeticError, LookupError, ModelError, StopIteration, TypeError, ValueError)  # what rules meet in damaged nodes
 MAX_AXIS = 1 << 24  # indices of an axis that carry labels; the largest vocabularies have a million
 
 
@@ -78,14 +80,7 @@ def _apply(node: gs.Node, dims: Dims, opset: int) -> None:
     site = Site(node, dims, opset)
     try:
         results = _results(site)
-    except (
-        PinError,
-        ArithmeticError,
-        LookupError,
-        StopIteration,
-        TypeError,
-        ValueError,
-    ) as error:  # others: malformed nodes
+    except (PinError, *MALFORMED) as error:
         results, reason = [], str(error) if isinstance(error, PinError) else f"{site.op} is not as its rule expects"
         for tensor in (*node.inputs, *node.outputs, *_captured(node, dims)):
             if tensor.name:

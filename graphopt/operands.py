@@ -10,6 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.edit import constant_value, set_input
+from graphopt.errors import ModelError
 from graphopt.model import Model
 
 
@@ -20,8 +21,12 @@ class Operand(NamedTuple):
     known: bool
 
     def integers(self) -> list[int] | None:
-        """The values as a flat list; None where absent or computed."""
-        return None if self.values is None else [int(v) for v in self.values.ravel()]
+        """The values as a flat list; None where absent or computed. ModelError where they are no integers: nothing is guessed."""
+        if self.values is None:
+            return None
+        if self.values.size and self.values.dtype.kind not in "iub":
+            raise ModelError(f"a parameter that must be integers holds {self.values.dtype}: {self.values.ravel()[:4].tolist()}")
+        return [int(v) for v in self.values.ravel()]
 
 
 def has_input(node: gs.Node, index: int) -> bool:
