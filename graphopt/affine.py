@@ -11,10 +11,9 @@ from functools import cached_property, partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from graphopt.attributes import attribute, op_key
-from graphopt.edit import Wiring
+from graphopt.edit import Wiring, peek
 from graphopt.model import Model
 from graphopt.shapes import Shape, Shapes
 
@@ -138,8 +137,7 @@ class Source:
 
 def read(constant: gs.Constant) -> np.ndarray:
     """Its values in float64. The constant itself stays as it came: a pass that changes nothing must not re-encode weights."""
-    values = constant._values
-    return np.asarray(values.load() if isinstance(values, LazyValues) else values, np.float64)
+    return np.asarray(peek(constant), np.float64)
 
 
 Rule = Callable[[gs.Node, Scene], "Source | str | None"]

@@ -14,6 +14,7 @@ from graphopt.attributes import op_key
 from graphopt.context import Context
 from graphopt.edit import bypass, detach, set_input, set_inputs
 from graphopt.model import Model
+from graphopt.operands import Names
 from graphopt.shapes import shapes
 
 SWEEPS = 16  # a fold can make another possible; real models need two or three
@@ -26,18 +27,10 @@ class Fold:
 
     scene: Scene
     graphs: dict[int, gs.Graph]
-    names: set[str]
+    names: Names
     sources: dict[int, Source | str | None] = field(default_factory=dict)
     dead: dict[int, gs.Node] = field(default_factory=dict)
     added: list[gs.Node] = field(default_factory=list)
-
-    def fresh(self, base: str) -> str:
-        name, number = base, 0
-        while name in self.names:
-            number += 1
-            name = f"{base}_{number}"
-        self.names.add(name)
-        return name
 
 
 def fold(model: Model, context: Context, *, ops: frozenset[str]) -> int:
@@ -48,7 +41,7 @@ def fold(model: Model, context: Context, *, ops: frozenset[str]) -> int:
     state = Fold(
         Scene.of(model, context.get(shapes, model)),
         {id(g): g for g in model.graphs()},
-        set(model.tensors()) | {n.name for n in model.nodes()},
+        Names(model),
     )
     changes = 0
     for _ in range(SWEEPS):
@@ -150,7 +143,7 @@ def _write(state: Fold, edit: Edit, slot: int, array: np.ndarray | None) -> None
         old.values = array
     else:
         base = old.name if isinstance(old, gs.Constant) else f"{node.name or node.op}_bias"
-        set_input(node, slot, gs.Constant(state.fresh(base), array))
+        set_input(node, slot, gs.Constant(state.names.fresh(base), array))
 
 
 def _insert(state: Fold, insert: Insert, terms: list[np.ndarray]) -> None:
@@ -163,9 +156,9 @@ def _insert(state: Fold, insert: Insert, terms: list[np.ndarray]) -> None:
         wanted = [("Mul", terms[0])] * a.has_scale + [("Add", terms[1])] * a.has_shift
         parts = [(op, [values.reshape(shape)]) for op, values in wanted]
     for op, values in parts:
-        name = state.fresh(f"{insert.reader.name or insert.reader.op}_{op.lower()}")
-        result = gs.Variable(state.fresh(f"{name}_out"), a.dtype, state.scene.dims(insert.tensor))
-        constants = [gs.Constant(state.fresh(f"{name}_{i}"), v) for i, v in enumerate(values)]
+        name = state.names.fresh(f"{insert.reader.name or insert.reader.op}_{op.lower()}")
+        result = gs.Variable(state.names.fresh(f"{name}_out"), a.dtype, state.scene.dims(insert.tensor))
+        constants = [gs.Constant(state.names.fresh(f"{name}_{i}"), v) for i, v in enumerate(values)]
         node = gs.Node(op, name, {"epsilon": 0.0} if len(values) > 1 else {})
         set_inputs(node, [source, *constants])
         node.outputs.append(result)

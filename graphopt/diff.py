@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.edit import peek
 from graphopt.model import Model
 from graphopt.shapes import Shape, shapes
 from graphopt.text import node_text
@@ -70,7 +71,6 @@ def _described(constant: gs.Constant | None) -> str:
 
 
 def _digest(constant: gs.Constant) -> bytes:
-    values = constant._values
-    array = values if isinstance(values, np.ndarray) else values.load()  # not kept in the model
+    array = peek(constant)
     content = repr(array.tolist()).encode() if array.dtype == object else np.ascontiguousarray(array).tobytes()
     return hashlib.sha256(content).digest()

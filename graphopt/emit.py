@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from graphopt.edit import peek
 from graphopt.errors import ModelError
 from graphopt.external import LIMIT, locate, write_external
 from graphopt.model import SMALL, Model
@@ -94,9 +95,7 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False, external: b
         def encode(constant: gs.Constant) -> onnx.TensorProto:
             if np.prod(constant.shape, dtype=np.int64) <= SMALL or np.dtype(constant.dtype).kind not in "biufc":
                 return encode_inline(constant)
-            lazy = constant._values
-            values = lazy if isinstance(lazy, np.ndarray) else lazy.load()  # not kept: one tensor in memory at a time
-            return write_external(constant.name, values, weights, data.name)
+            return write_external(constant.name, peek(constant), weights, data.name)  # one tensor in memory at a time
 
         proto = model.encoded(encode)
         main.write(serialized(proto))

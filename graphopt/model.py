@@ -69,11 +69,6 @@ class Model:
         outputs = frozenset(id(t) for g in graphs for t in g.outputs)
         return Wiring(outputs, {id(n): id(g) for g in graphs for n in g.nodes})
 
-    def fresh_name(self, base: str) -> str:
-        """A tensor or node name that nothing in the model has yet."""
-        taken = set(self.tensors()) | {n.name for n in self.nodes()}
-        return base if base not in taken else next(f"{base}_{i}" for i in range(1, len(taken) + 2) if f"{base}_{i}" not in taken)
-
     def proto(self) -> onnx.ModelProto:
         """The whole model as protobuf, weights inside. Raises ModelError above protobuf's 2 GB: save to a path instead."""
         if self.weight_bytes() > onnx.checker.MAXIMUM_PROTOBUF:

@@ -24,7 +24,6 @@ def session(
     *,
     threads: int = 1,
     optimize: bool = True,
-    profile: str = "",
     external: Path | None = None,
 ) -> Any:
     """A CPU InferenceSession. `optimize=False` runs the graph as written; `external` is where the external weights lie of a model
@@ -37,8 +36,6 @@ def session(
     options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, profile
     if external is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external))
     content = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model

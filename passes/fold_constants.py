@@ -310,7 +310,7 @@ def _replace(
     outputs: frozenset[int],
 ) -> int:
     """The results become constants of the same names and the nodes go; a graph's output is written by a Constant node."""
-    fixed = []
+    fixed, names = [], Names(model)
     for node in nodes:
         for tensor in targets[id(node)]:
             constant = gs.Constant(tensor.name, values[tensor.name])
@@ -319,7 +319,7 @@ def _replace(
                 continue
             index = next(i for i, t in enumerate(node.outputs) if t is tensor)
             set_output(node, index, gs.Variable.empty())
-            fixed.append(gs.Node("Constant", model.fresh_name(f"{tensor.name}_constant"), {"value": constant}, [], [tensor]))
+            fixed.append(gs.Node("Constant", names.fresh(f"{tensor.name}_constant"), {"value": constant}, [], [tensor]))
     remove_nodes(graph, nodes)
     graph.nodes = [*fixed, *graph.nodes]
     return len(nodes)
