@@ -36,3 +36,27 @@ def scan(rows: np.ndarray) -> tuple[np.ndarray, int, np.ndarray, np.ndarray, np.
     k = np.trunc(np.abs(values) * 2.0**-exponent).astype(np.int64)
     counts = np.bincount(np.where(values < 0, SIDE - 1 - k, SIDE + k), minlength=2 * SIDE).astype(np.int64)
     return counts, exponent, low.astype(np.float32), high.astype(np.float32), (~finite).sum(1)
+
+
+def requantise(acc: np.ndarray, scale: np.ndarray, zero: int) -> np.ndarray:
+    """int32 [..., N] times float32 [N], rounded half to even, plus zero, as u8."""
+    return np.clip(np.rint(acc.astype(np.float32) * scale) + zero, 0, 255).astype(np.uint8)
+
+
+def add_residual(q: np.ndarray, r: np.ndarray, ra: np.float32, rb: np.float32, fx: np.float32) -> np.ndarray:
+    """u8 of rint(fma(r, rb, fma(q, ra, fx))): each fma in extended precision, rounded once."""
+    wide = np.longdouble
+    inner = (q.astype(wide) * wide(ra) + wide(fx)).astype(np.float32)
+    return np.clip(np.rint((r.astype(wide) * wide(rb) + inner.astype(wide)).astype(np.float32)), 0, 255).astype(np.uint8)
+
+
+def dense(x: np.ndarray, w: np.ndarray, comp: np.ndarray) -> np.ndarray:
+    """int32 [M, N] = comp [N] + u8 [M, K] times s8 [N, K]."""
+    return (comp + x.astype(np.int64) @ w.astype(np.int64).T).astype(np.int32)
+
+
+def depthwise(x: np.ndarray, w: np.ndarray, comp: np.ndarray, stride: int) -> np.ndarray:
+    """int32 [OH, OW, C] = comp [C] + windows of u8 [H, W, C] (padded already) times s8 [C, k, k]."""
+    k = w.shape[1]
+    windows = np.lib.stride_tricks.sliding_window_view(x.astype(np.int32), (k, k), (0, 1))[::stride, ::stride]
+    return comp + np.einsum("hwckl,ckl->hwc", windows, w.astype(np.int32), dtype=np.int32)

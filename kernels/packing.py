@@ -1,0 +1,95 @@
+"""Weights and per-channel numbers in the order that the micro-kernels read them; functions on addresses, to be compiled by njit.
+
+Two families, as in graphopt.kernels.dialects: quads of s8, and pairs of int16. Sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+from graphopt.kernels.abi import ld8, ld32, st8, st16, st32
+
+REPEATED = 3  # groups of 16 channels that the depthwise layouts repeat at their end
+
+
+def signed_byte(address: int) -> int:
+    """A s8."""
+    value: int = (ld8(address) ^ 128) - 128
+    return value
+
+
+def panel_bytes_quads(groups: int) -> int:
+    """Size of a panel of 16 channels over `groups` groups of 4 taps."""
+    return groups * 64
+
+
+def panel_bytes_pairs(groups: int) -> int:
+    """Size of a panel of 16 channels over `groups` groups of 4 taps."""
+    return groups * 128
+
+
+def pack_panels_quads(target: int, source: int, panels: int, groups: int) -> None:
+    """s8 [panels * 16][groups * 4] -> s8 [panels][groups][16][4]."""
+    for n in range(panels * 16):
+        for k in range(groups * 4):
+            byte = ((n // 16 * groups + k // 4) * 16 + n % 16) * 4 + k % 4
+            st8(target + byte, ld8(source + n * groups * 4 + k))
+
+
+def pack_panels_pairs(target: int, source: int, panels: int, groups: int) -> None:
+    """s8 [panels * 16][groups * 4] -> int16 [panels][groups][odd][16][2]: taps 0 and 2 of a group, then 1 and 3."""
+    for n in range(panels * 16):
+        for k in range(groups * 4):
+            item = (((n // 16 * groups + k // 4) * 2 + k % 2) * 16 + n % 16) * 2 + k % 4 // 2
+            st16(target + 2 * item, signed_byte(source + n * groups * 4 + k))
+
+
+def channels_bytes(channels: int) -> int:
+    """Size of what `pack_channels` writes."""
+    return 4 * (channels // 16 + REPEATED) * 16
+
+
+def pack_channels(target: int, source: int, channels: int) -> None:
+    """4-byte elements [channels] -> [4][channels / 16 + 3][4]: element c of part i in group g is channel 16 g + 4 i + c."""
+    groups = channels // 16
+    for i in range(4):
+        for g in range(groups + REPEATED):
+            for c in range(4):
+                item = (i * (groups + REPEATED) + g) * 4 + c
+                st32(target + 4 * item, ld32(source + 4 * (g % groups * 16 + 4 * i + c)))
+
+
+def depthwise_bytes_quads(channels: int, kernel: int) -> int:
+    """Size of what `pack_depthwise_quads` writes."""
+    return kernel * ((kernel + 3) // 4) * channels_bytes(channels)
+
+
+def depthwise_bytes_pairs(channels: int, kernel: int) -> int:
+    """Size of what `pack_depthwise_pairs` writes."""
+    return kernel * ((kernel + 1) // 2) * channels_bytes(channels)
+
+
+def pack_depthwise_quads(target: int, source: int, channels: int, kernel: int) -> None:
+    """s8 [C][kernel * kernel] -> [rows][groups of 4 taps], each s8 [4] in the order of `pack_channels`; absent taps are 0."""
+    groups, sets = channels // 16, (kernel + 3) // 4
+    for row in range(kernel):
+        for tap in range(sets * 4):
+            for i in range(4):
+                for g in range(groups + REPEATED):
+                    for c in range(4):
+                        item = (((row * sets + tap // 4) * 4 + i) * (groups + REPEATED) + g) * 4 + c
+                        channel = g % groups * 16 + 4 * i + c
+                        value = signed_byte(source + (channel * kernel + row) * kernel + tap) if tap < kernel else 0
+                        st8(target + 4 * item + tap % 4, value & 255)
+
+
+def pack_depthwise_pairs(target: int, source: int, channels: int, kernel: int) -> None:
+    """As `pack_depthwise_quads`, in groups of 2 taps, int16."""
+    groups, sets = channels // 16, (kernel + 1) // 2
+    for row in range(kernel):
+        for tap in range(sets * 2):
+            for i in range(4):
+                for g in range(groups + REPEATED):
+                    for c in range(4):
+                        item = (((row * sets + tap // 2) * 4 + i) * (groups + REPEATED) + g) * 4 + c
+                        channel = g % groups * 16 + 4 * i + c
+                        value = signed_byte(source + (channel * kernel + row) * kernel + tap) if tap < kernel else 0
+                        st16(target + 4 * item + tap % 2 * 2, value)
