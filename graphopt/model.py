@@ -17,6 +17,7 @@ from graphopt.proto import Exporter, Importer, Leftovers, Weights, encode_inline
 
 SMALL = 1024  # constants up to this many elements stay in a skeleton: shape inference reads their values
 MIN_OPSET = 7
+OWN = "graphopt"  # domain of the functions that stay functions: graphopt's library runs their nodes
 UNKNOWN = "graphopt.unknown"  # domain that stands, in checks, for the default one where ONNX has no such operator
 
 
@@ -181,12 +182,14 @@ def _imported(proto: onnx.ModelProto, path: Path | None) -> Model:
         raise ModelError(f"opset {opset} is newer than the installed onnx knows ({onnx.defs.onnx_opset_version()}): upgrade onnx")
     if opset < MIN_OPSET:
         raise ModelError(f"opset {opset} is too old: graphopt reads {MIN_OPSET} and later; convert with onnx.version_converter")
+    functions = [f for f in proto.functions if f.domain == OWN]
     if proto.functions:
         proto = _inline(proto)
     importer = Importer(proto, path.parent if path else None)
     graph = importer.graph(proto.graph, {})
     shell = onnx.ModelProto()
     shell.CopyFrom(_without_graph(proto))
+    shell.functions.extend(functions)
     shell.ir_version = max(shell.ir_version, 4)  # initializers need not be inputs (ONNX IR spec, version 4)
     for entry in shell.opset_import:
         entry.domain = "" if entry.domain == "ai.onnx" else entry.domain
@@ -219,8 +222,16 @@ def _without_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _inline(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Functions become their nodes, all but graphopt's own."""
     import onnx.inliner
 
+    if any(f.domain == OWN for f in proto.functions):
+        others = [f for f in proto.functions if f.domain != OWN]
+        if not others:
+            return proto
+        graph, proto = proto.graph, _without_graph(proto)
+        proto.graph.CopyFrom(graph)
+        proto.functions.extend(others)
     try:
         return onnx.inliner.inline_local_functions(proto, convert_version=True)
     except Exception as error:  # the C++ inliner raises bare RuntimeErrors

@@ -207,7 +207,9 @@ def quantised_ops(model: Model) -> Counter[str]:
     >>> quantised_ops(load(onnx.parser.parse_model(text)))
     Counter({'QuantizeLinear': 1})
     """
-    return Counter(op_key(n) for n in model.nodes() if n.op in _INTEGER or n.op.startswith(_PREFIXES))
+    return Counter(
+        op_key(n) for n in model.nodes() if n.op in _INTEGER or n.op.startswith(_PREFIXES) or n.domain == "graphopt"
+    )
 
 
 def weight_value(node: gs.Node, index: int) -> np.ndarray | None:

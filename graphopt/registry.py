@@ -18,6 +18,7 @@ ENTRY_POINTS = "graphopt.passes"
 # name -> module, imported on first use; a test checks that each module registers exactly this name
 BUILTIN = {
     "common-subexpressions": "graphopt.passes.common_subexpressions",
+    "compile-int8": "graphopt.passes.compile_int8",
     "dead-code": "graphopt.passes.dead_code",
     "drop-defaults": "graphopt.passes.drop_defaults",
     "flush-denormals": "graphopt.passes.flush_denormals",
