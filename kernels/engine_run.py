@@ -1,0 +1,404 @@
+"""Running the rows of an instance, in parts that onnxruntime's threads may share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from graphopt.kernels.abi import parallel_for, stack64, symaddr
+from graphopt.kernels.engine_rows import (
+    ROW_INDEX,
+    ROW_STEP,
+    ROW_UNITS,
+    ROW_WORK,
+    RUN_ANY_DEPTHWISE,
+    RUN_BINARY,
+    RUN_BORDER,
+    RUN_CONV,
+    RUN_COPY,
+    RUN_DEPTHWISE,
+    RUN_FILL,
+    RUN_INPUT,
+    RUN_OUTPUT,
+    RUN_POOL,
+    RUN_TILES,
+)
+from graphopt.kernels.engine_state import I_BATCH, I_COUNT, I_ROWS, R_DATA, TENSOR_RECORD, get, put
+from graphopt.kernels.layout import (
+    CONV_M,
+    CONV_OUTPUT,
+    CONV_PANELS,
+    DW_C,
+    DW_COMP,
+    DW_HIGH,
+    DW_INPUT,
+    DW_KERNEL,
+    DW_LOW,
+    DW_OUT_ROW,
+    DW_OUTPUT,
+    DW_OW,
+    DW_ROW,
+    DW_SCALE,
+    DW_STRIDE,
+    DW_WEIGHTS,
+    DW_ZERO,
+    PIXELS,
+    ROW,
+)
+from graphopt.kernels.memory import copy as copy_bytes
+from graphopt.kernels.memory import fill, ldf, ldu8, lrint, stf, stu8, to_float
+from graphopt.kernels.plan import ADD, CHANNELS_FIRST, FLOAT, GLOBAL_POOL, INT8, MAX_POOL
+from graphopt.kernels.vector_steps import (
+    add_bytes,
+    copy16,
+    depthwise_pixel,
+    dequantise16,
+    dequantise_planes,
+    look_up,
+    mul_bytes,
+    pool_average,
+    pool_global,
+    pool_max,
+    quantise16,
+    quantise_planes,
+)
+
+SMALL = 20_000  # nanoseconds of work that are not worth a second thread
+PART_NS = 10_000  # of work that a part should have
+MAX_PARTS = 16
+
+# given by the rung
+conv: Any = None
+gemv: Any = None
+conv_amx: Any = None
+depthwise: Any = None
+TILES = False
+BODY = ""
+
+
+def quantise_one(source: int, scale: int, zero: int) -> int:
+    """The float32 at an address as the vectors do it: NaN becomes 0. `scale` is an address, too."""
+    scaled = np.float32(ldf(source) / ldf(scale))
+    if not scaled > np.float32(-1024.0):
+        return 0
+    return min(max(lrint(min(scaled, np.float32(1024.0))) + zero, 0), 255)
+
+
+def quantise_bytes(target: int, source: int, n: int, scale: int, zero: int) -> None:
+    """n contiguous floats to n contiguous bytes, and not one more."""
+    i = 0
+    while i + 16 <= n:
+        quantise16(target + i, source + 4 * i, ldf(scale), zero)
+        i += 16
+    while i < n:
+        stu8(target + i, quantise_one(source + 4 * i, scale, zero))
+        i += 1
+
+
+def input_line(row: int, source: int, y: int, x0: int, x1: int) -> None:
+    """Pixels [x0, x1) of one line of an activation."""
+    kind, layout = get(row, 1), get(row, 2)
+    height, width, channels, pitch = get(row, 3), get(row, 4), get(row, 5), get(row, 6)
+    line = get(row, 8) + y * get(row, 7)
+    scale, zero = get(row, 10), get(row, 9)
+    each = 4 if kind == FLOAT else 1
+    if layout != CHANNELS_FIRST or channels == 1:
+        for x in range(x0, x1):
+            start = source + (y * width + x) * channels * each
+            if kind == FLOAT and channels == 1 and pitch == 1:
+                quantise_bytes(line + x0, start, x1 - x0, scale, zero)
+                return
+            if kind == FLOAT:
+                quantise_bytes(line + x * pitch, start, channels, scale, zero)
+            else:
+                for c in range(channels):
+                    stu8(line + x * pitch + c, ldu8(start + c) ^ (128 if kind == INT8 else 0))
+        return
+    plane = height * width * each
+    x = x0
+    if kind == FLOAT:
+        groups = min((channels + 3) // 4, pitch // 4)
+        while x + 16 <= x1:
+            quantise_planes(line + x * pitch, pitch, source + (y * width + x) * 4, plane, channels, ldf(scale), zero, groups)
+            x += 16
+    while x < x1:
+        for c in range(channels):
+            start = source + c * plane + (y * width + x) * each
+            value = quantise_one(start, scale, zero) if kind == FLOAT else ldu8(start) ^ (128 if kind == INT8 else 0)
+            stu8(line + x * pitch + c, value)
+        x += 1
+
+
+def output_line(row: int, target: int, y: int, x0: int, x1: int) -> None:
+    """Pixels [x0, x1) of one line of an output."""
+    kind, layout = get(row, 1), get(row, 2)
+    height, width, channels, pitch = get(row, 3), get(row, 4), get(row, 5), get(row, 6)
+    line = get(row, 8) + y * get(row, 7)
+    scale, zero = ldf(get(row, 10)) if kind == FLOAT else np.float32(1), get(row, 9)
+    each = 4 if kind == FLOAT else 1
+    plane = height * width
+    first = layout == CHANNELS_FIRST and plane != 1
+    x = x0
+    if first and kind == FLOAT:
+        while x + 16 <= x1:
+            c = 0
+            while c + 4 <= channels:
+                dequantise_planes(target + (c * plane + y * width + x) * 4, plane * 4, line + x * pitch + c, pitch, scale, zero)
+                c += 4
+            while c < channels:
+                for k in range(16):
+                    value = to_float(ldu8(line + (x + k) * pitch + c) - zero)
+                    stf(target + (c * plane + y * width + x + k) * 4, np.float32(value * scale))
+                c += 1
+            x += 16
+    while x < x1:
+        c = 0
+        if kind == FLOAT and not first:
+            while c + 16 <= channels:
+                dequantise16(target + ((y * width + x) * channels + c) * 4, line + x * pitch + c, scale, zero)
+                c += 16
+        while c < channels:
+            place = c * plane + y * width + x if first else (y * width + x) * channels + c
+            byte = ldu8(line + x * pitch + c)
+            if kind == FLOAT:
+                stf(target + 4 * place, np.float32(to_float(byte - zero) * scale))
+            else:
+                stu8(target + place * each, byte ^ (128 if kind == INT8 else 0))
+            c += 1
+        x += 1
+
+
+def edge_part(row: int, memory: int, first: int, last: int, output: bool) -> None:
+    """Lines [first, last) of an activation or output; of a single line, blocks of 256 pixels."""
+    height, width = get(row, 3), get(row, 4)
+    lines = height > 1
+    for unit in range(first, last):
+        y = unit if lines else 0
+        x0, x1 = (0, width) if lines else (256 * unit, min(width, 256 * unit + 256))
+        if output:
+            output_line(row, memory, y, x0, x1)
+        else:
+            input_line(row, memory, y, x0, x1)
+
+
+def border_part(row: int) -> None:
+    start, line, height = get(row, 1), get(row, 2), get(row, 3)
+    top, left, inside, right, zero = get(row, 4), get(row, 6), get(row, 7), get(row, 8), get(row, 9)
+    fill(start, zero, top * line)
+    for y in range(height):
+        begin = start + (top + y) * line
+        fill(begin, zero, left)
+        fill(begin + left + inside, zero, right)
+    fill(start + (top + height) * line, zero, get(row, 5) * line)
+
+
+def any_depthwise_part(row: int, first: int, last: int) -> None:
+    pitch, out_pitch = get(row, DW_C), get(row, 17)
+    for y in range(first, last):
+        source, target = get(row, DW_INPUT) + y * get(row, DW_ROW), get(row, DW_OUTPUT) + y * get(row, DW_OUT_ROW)
+        for x in range(get(row, DW_OW)):
+            depthwise_pixel(
+                target + x * out_pitch, source + x * get(row, DW_STRIDE), get(row, 16), get(row, DW_KERNEL), get(row, DW_WEIGHTS),
+                pitch, get(row, DW_COMP), get(row, DW_SCALE), get(row, DW_ZERO), get(row, DW_LOW), get(row, DW_HIGH),
+            )  # fmt: skip
+
+
+def window_start(at: int, dilation: int) -> int:
+    """The first tap of a window that starts at row `at` and lies inside."""
+    return (-at + dilation - 1) // dilation if at < 0 else 0
+
+
+def window_count(at: int, size: int, kernel: int, dilation: int, skipped: int) -> int:
+    """How many taps lie inside, after the skipped ones."""
+    inside = (size - at + dilation - 1) // dilation
+    return max(min(kernel, inside) - skipped, 0)
+
+
+def pool_part(row: int, first: int, last: int) -> None:
+    s, scales = get(row, 20), get(row, 21)
+    x_row, x_pixel, height, width = get(row, 2), get(row, 3), get(row, 4), get(row, 5)
+    n = (get(row, 19) + 15) // 16 * 16
+    zero, out_zero = get(row, 16), get(row, 18)
+    scale = scales + 4 * get(s, 21)
+    if get(s, 4) == GLOBAL_POOL:
+        count = height * width
+        factor = np.float32(ldf(scale) / np.float32(ldf(scale + 4) * to_float(count)))
+        pool_global(get(row, 6), get(row, 1), x_row, x_pixel, height, width, n, -zero * count, factor, out_zero)
+        return
+    dh, dw = get(s, 11), get(s, 12)
+    for y in range(first, last):
+        at_y = y * get(s, 9) - get(s, 13)
+        skip_y = window_start(at_y, dh)
+        rows = window_count(at_y, height, get(s, 7), dh, skip_y)
+        for x in range(get(row, 10)):
+            at_x = x * get(s, 10) - get(s, 14)
+            skip_x = window_start(at_x, dw)
+            columns = window_count(at_x, width, get(s, 8), dw, skip_x)
+            source = get(row, 1) + (at_y + skip_y * dh) * x_row + (at_x + skip_x * dw) * x_pixel
+            target = get(row, 6) + y * get(row, 7) + x * get(row, 8)
+            if get(s, 4) == MAX_POOL:
+                pool_max(target, source, x_row * dh, x_pixel * dw, rows, columns, n)
+            else:
+                count = get(s, 7) * get(s, 8) if get(s, 17) == 1 else rows * columns
+                pool_average(
+                    target, source, x_row * dh, x_pixel * dw, rows, columns, n,
+                    ldf(scale), zero, to_float(count), ldf(scale + 4), to_float(out_zero),
+                )  # fmt: skip
+
+
+def binary_bytes(row: int, target: int, x: int, y: int, n: int) -> None:
+    s = get(row, 20)
+    scale = get(row, 21) + 4 * get(s, 21)
+    low, high = get(s, 23), get(s, 24)
+    if get(s, 4) == ADD:
+        add_bytes(target, x, y, n, ldf(scale), ldf(scale + 4), ldf(scale + 8), low, high)
+    else:
+        mul_bytes(target, x, y, n, get(row, 16), get(row, 17), ldf(scale), to_float(get(row, 18)), low, high)
+
+
+def binary_part(row: int, first: int, last: int) -> None:
+    """Whole lines at once where all three images agree, else pixel by pixel; an image of one pixel is used for all."""
+    columns, pixel = get(row, 10), get(row, 8)
+    x_one = get(row, 4) * get(row, 5) == 1
+    y_one = get(row, 14) * get(row, 15) == 1
+    whole = get(row, 3) == pixel and get(row, 13) == pixel and not x_one and not y_one
+    n = (get(row, 19) + 15) // 16 * 16
+    for i in range(first, last):
+        target = get(row, 6) + i * get(row, 7)
+        x = get(row, 1) + (0 if x_one else i * get(row, 2))
+        y = get(row, 11) + (0 if y_one else i * get(row, 12))
+        if whole:
+            binary_bytes(row, target, x, y, columns * pixel)
+            continue
+        for j in range(columns):
+            at_x, at_y = x + (0 if x_one else j * get(row, 3)), y + (0 if y_one else j * get(row, 13))
+            binary_bytes(row, target + j * pixel, at_x, at_y, n)
+
+
+def copy_run(target: int, source: int, table: int, n: int) -> None:
+    """n bytes, and not one more; through a table where there is one."""
+    if table == 0:
+        copy_bytes(target, source, n)
+        return
+    whole = n // 8 * 8
+    look_up(target, source, table, whole)
+    for i in range(whole, n):
+        stu8(target + i, ldu8(table + ldu8(source + i)))
+
+
+def copy_part(row: int, first: int, last: int) -> None:
+    """Lines [first, last) of the output, those of its padding are left alone."""
+    s, table = get(row, 20), get(row, 22)
+    count, pixel, out_pixel = get(s, 6), get(row, 3), get(row, 8)
+    columns = get(row, 10) - get(s, 14) - get(s, 16)
+    rows = get(row, 9) - get(s, 13) - get(s, 15)
+    whole = (
+        pixel == out_pixel and get(s, 11) == 1 and get(s, 18) == 1 and get(s, 5) == 0 and get(s, 19) == 0 and count == get(row, 19)
+    )
+    whole = whole and count + 16 > out_pixel
+    for line in range(first, last):
+        i = line - get(s, 13)
+        if i < 0 or i >= rows:
+            continue
+        source = get(row, 1) + (get(s, 7) + i // get(s, 17) * get(s, 8)) * get(row, 2) + get(s, 10) * pixel + get(s, 5)
+        target = get(row, 6) + line * get(row, 7) + get(s, 14) * out_pixel + get(s, 19)
+        if whole:
+            copy_run(target, source, table, columns * pixel)
+            continue
+        short = table == 0 and count % 16 == 0
+        for j in range(columns):
+            at = source + j // get(s, 18) * get(s, 11) * pixel
+            if short:
+                copy16(target + j * out_pixel, at, count)
+            else:
+                copy_run(target + j * out_pixel, at, table, count)
+
+
+def fill_part(row: int) -> None:
+    for y in range(get(row, 9)):
+        fill(get(row, 6) + y * get(row, 7), get(row, 18), get(row, 10) * get(row, 8))
+
+
+def run_part(row: int, memory: int, first: int, last: int) -> None:
+    """Units [first, last) of a row. `memory`: the node's input or output, of the current image, where the row has one."""
+    code = get(row, 0)
+    if code == RUN_CONV:
+        conv(row, first * PIXELS, min(last * PIXELS, get(row, CONV_M)))
+    elif code == RUN_DEPTHWISE:
+        depthwise(row, first, last)
+    elif code == RUN_TILES:
+        if TILES:
+            scratch = stack64(2048)
+            conv_amx(row, first, last, scratch)
+    elif code == RUN_BORDER:
+        border_part(row)
+    elif code == RUN_INPUT:
+        edge_part(row, memory, first, last, False)
+    elif code == RUN_OUTPUT:
+        edge_part(row, memory, first, last, True)
+    elif code == RUN_BINARY:
+        binary_part(row, first, last)
+    elif code == RUN_COPY:
+        copy_part(row, first, last)
+    elif code == RUN_POOL:
+        pool_part(row, first, last)
+    elif code == RUN_ANY_DEPTHWISE:
+        any_depthwise_part(row, first, last)
+    elif code == RUN_FILL:
+        fill_part(row)
+
+
+def rows_body(usr: int, i: int) -> None:
+    """What one thread does: part i of `usr`: row, memory, units, parts; a product of one pixel is cut by channels."""
+    row, units, parts = get(usr, 0), get(usr, 2), get(usr, 3)
+    first, last = units * i // parts, units * (i + 1) // parts
+    if get(usr, 4) == 1:
+        gemv(row, first, last)
+    else:
+        run_part(row, get(usr, 1), first, last)
+
+
+def run_row(row: int, memory: int, par: int) -> None:
+    """One row, on several threads where it is worth it."""
+    units, work = get(row, ROW_UNITS), get(row, ROW_WORK)
+    narrow = get(row, 0) == RUN_CONV and get(row, CONV_M) == 1
+    if narrow:
+        units = get(row, CONV_PANELS)
+    if par == 0 or work < SMALL or units < 2:
+        run_part(row, memory, 0, get(row, ROW_UNITS))
+        return
+    parts = min(min(units, MAX_PARTS), work // PART_NS)
+    usr = stack64(8)
+    put(usr, 0, row)
+    put(usr, 1, memory)
+    put(usr, 2, units)
+    put(usr, 3, parts)
+    put(usr, 4, 1 if narrow else 0)
+    parallel_for(par, symaddr(BODY), parts, usr)
+
+
+def run(instance: int, inputs: int, outputs: int, par: int) -> int:
+    """All images of the batch; `inputs`: tensor records, `outputs`: addresses. Always 0."""
+    count, rows = get(instance, I_COUNT), get(instance, I_ROWS)
+    for image in range(get(instance, I_BATCH)):
+        for i in range(count):
+            row = rows + 8 * ROW * i
+            memory = 0
+            index = get(row, ROW_INDEX)
+            if index >= 0:
+                memory = image * get(row, ROW_STEP)
+                if get(row, 0) == RUN_INPUT:
+                    memory += get(inputs + 8 * TENSOR_RECORD * index, R_DATA)
+                else:
+                    memory += get(outputs, index)
+                if get(row, 0) == RUN_CONV or get(row, 0) == RUN_TILES:
+                    put(row, CONV_OUTPUT, memory)
+            run_row(row, memory, par)
+    return 0
+
+
+TEMPLATES = (
+    quantise_one, quantise_bytes, input_line, output_line, edge_part, border_part, any_depthwise_part, window_start, window_count,
+    pool_part, binary_bytes, binary_part, copy_run, copy_part, fill_part, run_part, rows_body, run_row, run,
+)  # fmt: skip

@@ -1,0 +1,305 @@
+"""Bytewise steps in plain LLVM vectors of 16 lanes, which every instruction set gets from the same text: quantise, dequantise, add,
+multiply, pool, copy through a table, general depthwise convolution.
+
+All are intrinsics on addresses. `n` is a multiple of 16 wherever a function says "rounded": it then writes up to 15 bytes more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from llvmlite import ir
+from numba import types
+
+from graphopt.kernels.memory import F32, I8, I16, I32, I64, at, emit, function
+
+LANES = 16
+_U8, _S16, _S32, _FLT = (ir.VectorType(kind, LANES) for kind in (I8, I16, I32, F32))
+_V, _A, _F = types.void, types.int64, types.float32
+Value = ir.Value
+Build = ir.IRBuilder
+
+
+def loop(
+    b: Build, start: Value, stop: Value, step: int, carried: Sequence[Value], body: Callable[..., Sequence[Value]]
+) -> list[Value]:
+    """`for i in range(start, stop, step): carried = body(i, carried)`; returns the last `carried`."""
+    before = b.block
+    head, inside, after = (b.append_basic_block(name) for name in ("head", "body", "after"))
+    b.branch(head)
+    b.position_at_end(head)
+    index = b.phi(I64)
+    index.add_incoming(start, before)
+    values = [b.phi(value.type) for value in carried]
+    for phi, value in zip(values, carried, strict=True):
+        phi.add_incoming(value, before)
+    b.cbranch(b.icmp_signed("<", index, stop), inside, after)
+    b.position_at_end(inside)
+    fresh = body(index, values)
+    following = b.add(index, I64(step))
+    index.add_incoming(following, b.block)
+    for phi, value in zip(values, fresh, strict=True):
+        phi.add_incoming(value, b.block)
+    b.branch(head)
+    b.position_at_end(after)
+    return values
+
+
+def _load(b: Build, address: Value, kind: ir.Type = _U8) -> Value:
+    return b.load(at(b, address, kind), align=1)
+
+
+def _store(b: Build, value: Value, address: Value) -> None:
+    b.store(value, at(b, address, value.type), align=1)
+
+
+def splat(b: Build, value: Value) -> Value:
+    """The scalar in all lanes."""
+    kind = ir.VectorType(value.type, LANES)
+    first = b.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
+    return b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), ir.Constant(_S32, [0] * LANES))
+
+
+def _binary(b: Build, name: str, x: Value, y: Value) -> Value:
+    return b.call(function(b, f"llvm.{name}", x.type, [x.type] * 2), [x, y])
+
+
+def _rint(b: Build, value: Value) -> Value:
+    return b.call(function(b, "llvm.lrint.v16i32.v16f32", _S32, [_FLT]), [value])
+
+
+def _fma(b: Build, x: Value, y: Value, z: Value) -> Value:
+    return b.call(function(b, "llvm.fma.v16f32", _FLT, [_FLT] * 3), [x, y, z])
+
+
+def _saturate(b: Build, value: Value, low: Value, high: Value) -> Value:
+    """int32 lanes -> bytes in [low, high]; low and high are int64 scalars within 0..255."""
+    clamped = _binary(b, "smax.v16i32", value, splat(b, b.trunc(low, I32)))
+    return b.trunc(_binary(b, "smin.v16i32", clamped, splat(b, b.trunc(high, I32))), _U8)
+
+
+def _wide(b: Build, value: Value) -> Value:
+    return b.zext(value, _S32)
+
+
+def _floats(b: Build, value: Value) -> Value:
+    return b.uitofp(value, _FLT)
+
+
+def _quantised(b: Build, address: Value, scale: Value, zero: Value) -> Value:
+    """16 floats -> int32 lanes in 0..255. Clamped before the conversion: infinities saturate; NaN becomes 0."""
+    value = b.fdiv(_load(b, address, _FLT), scale)
+    value = _binary(b, "maxnum.v16f32", value, ir.Constant(_FLT, [-1024.0] * LANES))
+    value = _binary(b, "minnum.v16f32", value, ir.Constant(_FLT, [1024.0] * LANES))
+    value = b.add(_rint(b, value), zero)
+    value = _binary(b, "smax.v16i32", value, ir.Constant(_S32, [0] * LANES))
+    return _binary(b, "smin.v16i32", value, ir.Constant(_S32, [255] * LANES))
+
+
+@emit(_V(_A, _A, _F, _A))
+def quantise16(b: Build, target: Value, source: Value, scale: Value, zero: Value) -> None:
+    """16 contiguous floats to 16 contiguous bytes."""
+    value = _quantised(b, source, splat(b, scale), splat(b, b.trunc(zero, I32)))
+    _store(b, b.trunc(value, _U8), target)
+
+
+@emit(_V(_A, _A, _A, _A, _A, _F, _A, _A))
+def quantise_planes(
+    b: Build, target: Value, pitch: Value, source: Value, plane: Value, planes: Value, scale: Value, zero: Value, groups: Value
+) -> None:
+    """16 pixels of `groups` groups of 4 channel planes, `plane` bytes apart: group g goes to bytes 4g..4g+3 of each pixel.
+
+    Planes past `planes` are read as the last one.
+    """
+    divisor, offset = splat(b, scale), splat(b, b.trunc(zero, I32))
+    last = b.sub(planes, I64(1))
+
+    def group(g: Value, _: Sequence[Value]) -> Sequence[Value]:
+        word: Value | None = None
+        for k in range(4):
+            index = b.add(b.mul(g, I64(4)), I64(k))
+            index = b.select(b.icmp_signed("<", index, last), index, last)
+            value = _quantised(b, b.add(source, b.mul(index, plane)), divisor, offset)
+            value = b.shl(value, ir.Constant(_S32, [8 * k] * LANES)) if k else value
+            word = value if word is None else b.or_(word, value)
+        assert word is not None
+        address = b.add(target, b.mul(g, I64(4)))
+        for lane in range(LANES):
+            b.store(b.extract_element(word, I32(lane)), at(b, b.add(address, b.mul(pitch, I64(lane))), I32), align=1)
+        return []
+
+    loop(b, I64(0), groups, 1, [], group)
+
+
+@emit(_V(_A, _A, _F, _A))
+def dequantise16(b: Build, target: Value, source: Value, scale: Value, zero: Value) -> None:
+    """16 contiguous bytes to 16 contiguous floats."""
+    value = b.sub(_wide(b, _load(b, source)), splat(b, b.trunc(zero, I32)))
+    _store(b, b.fmul(b.sitofp(value, _FLT), splat(b, scale)), target)
+
+
+@emit(_V(_A, _A, _A, _A, _F, _A))
+def dequantise_planes(b: Build, target: Value, plane: Value, source: Value, pitch: Value, scale: Value, zero: Value) -> None:
+    """4 channels of 16 pixels to 16 floats in each of 4 planes, `plane` bytes apart."""
+    word: Value = ir.Constant(_S32, ir.Undefined)
+    for lane in range(LANES):
+        value = b.load(at(b, b.add(source, b.mul(pitch, I64(lane))), I32), align=1)
+        word = b.insert_element(word, value, I32(lane))
+    factor, offset = splat(b, scale), splat(b, b.trunc(zero, I32))
+    for k in range(4):
+        value = b.lshr(word, ir.Constant(_S32, [8 * k] * LANES)) if k else word
+        value = b.sub(b.and_(value, ir.Constant(_S32, [255] * LANES)), offset)
+        _store(b, b.fmul(b.sitofp(value, _FLT), factor), b.add(target, b.mul(plane, I64(k))))
+
+
+def _bytes(b: Build, n: Value, body: Callable[[Value], None]) -> None:
+    def step(i: Value, _: Sequence[Value]) -> Sequence[Value]:
+        body(i)
+        return []
+
+    loop(b, I64(0), n, LANES, [], step)
+
+
+@emit(_V(_A, _A, _A, _A, _F, _F, _F, _A, _A))
+def add_bytes(
+    b: Build, target: Value, x: Value, y: Value, n: Value, ra: Value, rb: Value, fx: Value, low: Value, high: Value
+) -> None:
+    """sat(rint(fma(y, rb, fma(x, ra, fx)))) in [low, high]; n rounded."""
+    a, c, d = splat(b, ra), splat(b, rb), splat(b, fx)
+
+    def body(i: Value) -> None:
+        value = _fma(b, _floats(b, _load(b, b.add(x, i))), a, d)
+        value = _fma(b, _floats(b, _load(b, b.add(y, i))), c, value)
+        _store(b, _saturate(b, _rint(b, value), low, high), b.add(target, i))
+
+    _bytes(b, n, body)
+
+
+@emit(_V(_A, _A, _A, _A, _A, _A, _F, _F, _A, _A))
+def mul_bytes(
+    b: Build, target: Value, x: Value, y: Value, n: Value, zx: Value, zy: Value, ratio: Value, zero: Value, low: Value, high: Value
+) -> None:
+    """sat(rint(float((x - zx)(y - zy)) * ratio + zero)) in [low, high]; n rounded."""
+    ox, oy = splat(b, b.trunc(zx, I32)), splat(b, b.trunc(zy, I32))
+    factor, offset = splat(b, ratio), splat(b, zero)
+
+    def body(i: Value) -> None:
+        product = b.mul(b.sub(_wide(b, _load(b, b.add(x, i))), ox), b.sub(_wide(b, _load(b, b.add(y, i))), oy))
+        value = b.fadd(b.fmul(b.sitofp(product, _FLT), factor), offset)
+        value = _binary(b, "maxnum.v16f32", value, ir.Constant(_FLT, [-1024.0] * LANES))
+        value = _binary(b, "minnum.v16f32", value, ir.Constant(_FLT, [1024.0] * LANES))
+        _store(b, _saturate(b, _rint(b, value), low, high), b.add(target, i))
+
+    _bytes(b, n, body)
+
+
+def _window(
+    b: Build, source: Value, row: Value, column: Value, height: Value, width: Value, first: Value, step: Callable[..., Value]
+) -> Value:
+    """Fold `step(accumulator, 16 bytes)` over a window of pixels."""
+
+    def line(i: Value, carried: Sequence[Value]) -> Sequence[Value]:
+        start = b.add(source, b.mul(i, row))
+        return loop(b, I64(0), width, 1, carried, lambda j, inner: [step(inner[0], _load(b, b.add(start, b.mul(j, column))))])
+
+    return loop(b, I64(0), height, 1, [first], line)[0]
+
+
+@emit(_V(_A, _A, _A, _A, _A, _A, _A))
+def pool_max(b: Build, target: Value, source: Value, row: Value, column: Value, height: Value, width: Value, n: Value) -> None:
+    """The greatest byte of a window of pixels, for n channels (rounded)."""
+    zero = ir.Constant(_U8, [0] * LANES)
+
+    def body(i: Value) -> None:
+        value = _window(b, b.add(source, i), row, column, height, width, zero, lambda c, x: _binary(b, "umax.v16i8", c, x))
+        _store(b, value, b.add(target, i))
+
+    _bytes(b, n, body)
+
+
+@emit(_V(_A, _A, _A, _A, _A, _A, _A, _F, _A, _F, _F, _F))
+def pool_average(
+    b: Build, target: Value, source: Value, row: Value, column: Value, height: Value, width: Value, n: Value,
+    scale: Value, zero: Value, count: Value, out_scale: Value, out_zero: Value,
+) -> None:  # fmt: skip
+    """sat(rint(sum(scale * float(x - zero)) / count / out_scale + out_zero)), summed in window order; n rounded."""
+    factor, offset = splat(b, scale), splat(b, b.trunc(zero, I32))
+
+    def add(total: Value, x: Value) -> Value:
+        return b.fadd(total, b.fmul(factor, b.sitofp(b.sub(_wide(b, x), offset), _FLT)))
+
+    def body(i: Value) -> None:
+        total = _window(b, b.add(source, i), row, column, height, width, ir.Constant(_FLT, [0.0] * LANES), add)
+        value = b.fadd(b.fdiv(b.fdiv(total, splat(b, count)), splat(b, out_scale)), splat(b, out_zero))
+        value = _binary(b, "maxnum.v16f32", value, ir.Constant(_FLT, [-1024.0] * LANES))
+        value = _binary(b, "minnum.v16f32", value, ir.Constant(_FLT, [1024.0] * LANES))
+        _store(b, _saturate(b, _rint(b, value), I64(0), I64(255)), b.add(target, i))
+
+    _bytes(b, n, body)
+
+
+@emit(_V(_A, _A, _A, _A, _A, _A, _A, _A, _F, _A))
+def pool_global(
+    b: Build, target: Value, source: Value, row: Value, column: Value, height: Value, width: Value, n: Value,
+    bias: Value, scale: Value, out_zero: Value,
+) -> None:  # fmt: skip
+    """sat(rint(float(sum + bias) * scale) + out_zero); n rounded."""
+    start = splat(b, b.trunc(bias, I32))
+
+    def body(i: Value) -> None:
+        total = _window(b, b.add(source, i), row, column, height, width, start, lambda c, x: b.add(c, _wide(b, x)))
+        value = b.fmul(b.sitofp(total, _FLT), splat(b, scale))
+        value = _binary(b, "maxnum.v16f32", value, ir.Constant(_FLT, [-1024.0] * LANES))
+        value = _binary(b, "minnum.v16f32", value, ir.Constant(_FLT, [1024.0] * LANES))
+        value = b.add(_rint(b, value), splat(b, b.trunc(out_zero, I32)))
+        _store(b, _saturate(b, value, I64(0), I64(255)), b.add(target, i))
+
+    _bytes(b, n, body)
+
+
+@emit(_V(_A, _A, _A, _A, _A, _A, _A, _A, _A, _A, _A))
+def depthwise_pixel(
+    b: Build, target: Value, source: Value, taps: Value, count: Value, weights: Value, pitch: Value,
+    comp: Value, scale: Value, zero: Value, low: Value, high: Value,
+) -> None:  # fmt: skip
+    """One pixel of a depthwise convolution of any kernel: `taps` int32 byte offsets, weights s8 [taps][pitch]."""
+    offset = splat(b, b.trunc(zero, I32))
+
+    def body(i: Value) -> None:
+        base, column = b.add(source, i), b.add(weights, i)
+
+        def tap(t: Value, carried: Sequence[Value]) -> Sequence[Value]:
+            place = b.sext(b.load(at(b, b.add(taps, b.mul(t, I64(4))), I32), align=1), I64)
+            x = b.zext(_load(b, b.add(base, place)), _S16)
+            w = b.sext(_load(b, b.add(column, b.mul(t, pitch))), _S16)
+            return [b.add(carried[0], b.sext(b.mul(x, w), _S32))]  # 255 * 128 fits 16 bits
+
+        wide = b.mul(i, I64(4))
+        total = loop(b, I64(0), count, 1, [_load(b, b.add(comp, wide), _S32)], tap)[0]
+        value = b.fmul(b.sitofp(total, _FLT), _load(b, b.add(scale, wide), _FLT))
+        _store(b, _saturate(b, b.add(_rint(b, value), offset), low, high), b.add(target, i))
+
+    _bytes(b, pitch, body)
+
+
+@emit(_V(_A, _A, _A, _A))
+def look_up(b: Build, target: Value, source: Value, table: Value, n: Value) -> None:
+    """target[i] = table[source[i]], 8 bytes at a time; n is a multiple of 8."""
+
+    def step(i: Value, _: Sequence[Value]) -> Sequence[Value]:
+        packed = b.load(at(b, b.add(source, i), I64), align=1)
+        out: Value = I64(0)
+        for k in range(8):
+            index = b.and_(b.lshr(packed, I64(8 * k)) if k else packed, I64(255))
+            found = b.zext(b.load(at(b, b.add(table, index), I8), align=1), I64)
+            out = b.or_(out, b.shl(found, I64(8 * k)) if k else found)
+        b.store(out, at(b, b.add(target, i), I64), align=1)
+        return []
+
+    loop(b, I64(0), n, 8, [], step)
+
+
+@emit(_V(_A, _A, _A))
+def copy16(b: Build, target: Value, source: Value, n: Value) -> None:
+    """n bytes, rounded: reads and writes whole vectors."""
+    _bytes(b, n, lambda i: _store(b, _load(b, b.add(source, i)), b.add(target, i)))
