@@ -25,7 +25,7 @@ _BYTES = ir.IntType(8).as_pointer()
 
 
 def machine() -> str:
-    """Architecture that code is generated for: "x86_64" or "aarch64"; the ahead-of-time build sets GRAPHOPT_MACHINE to cross-compile."""
+    """Architecture that code is generated for, "x86_64" or "aarch64"; `graphopt.kernels.aot` sets it to compile for another one."""
     name = os.environ.get("GRAPHOPT_MACHINE") or platform.machine().lower()
     return {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
@@ -342,8 +342,8 @@ def parallel_for(par: int, function: int, total: int, usr: int) -> None:
 
     Parameters
     ----------
-    par : address of int64 [4]: OrtApi's KernelContext_ParallelFor, the kernel context, the OrtApi table, out: OrtStatus of a failure;
-        0 runs a plain loop on this thread
+    par : address of int64 [4]: OrtApi's KernelContext_ParallelFor, the kernel context, the OrtApi table, out: OrtStatus of a
+        failure; 0 runs a plain loop on this thread
     function : address of the callback (`symaddr` of an export)
     total : number of calls
     usr : first argument of every call

@@ -1,4 +1,4 @@
-"""The ahead-of-time build itself: `python -m graphopt.kernels.aot_build OUTPUT MACHINE PLACE...`, started by `graphopt.kernels.aot`.
+"""The ahead-of-time build: `python -m graphopt.kernels.aot_build OUTPUT MACHINE PLACE...`, started by `graphopt.kernels.aot`.
 
 It has a process of its own because Numba fixes its CPU when it is imported, and because Numba is made to generate no machine code
 here: it gives unoptimised LLVM IR, one module per instruction set, which is optimised and compiled for that instruction set alone.
@@ -39,7 +39,7 @@ def _generate_no_code() -> None:
 
     # Numba tells compiled functions apart by this object, which must be a built-in: a method of a fresh list is one of its own
     type(context).get_executable = lambda _self, _library, _description, _environment: [].append
-    dispatcher.Dispatcher.enable_caching = lambda _self: None  # type: ignore[method-assign]
+    dispatcher.Dispatcher.enable_caching = lambda self: None  # type: ignore[method-assign]
 
 
 def _wrapper(name: str, numba_name: str, arguments: int, void: bool) -> str:

@@ -149,6 +149,11 @@ def select(names: int, bits: int, count: int, message: int) -> int:
     return -1
 
 
+def bit(rung: str) -> int:
+    """The bit of a rung in `usable()`. A rung `..._soft` emulates another's instructions, and runs anywhere."""
+    return RUNGS[machine()].index("generic" if rung.endswith("_soft") else rung)
+
+
 def available() -> tuple[str, ...]:
     """The rungs that can run in this process, best first."""
     found = usable()

@@ -34,9 +34,8 @@ from graphopt.kernels.specialise import RUNGS, clone, compiled, specialise
 from graphopt.kernels.text import put_text
 
 if TYPE_CHECKING:  # globals that `registration` gives to the templates below
-    RUNG_COUNT: int
-    OPERATOR_COUNT: int
-    STORAGE_NAME: str
+    RUNG_COUNT = OPERATOR_COUNT = 0
+    STORAGE_NAME = ""
 
     def rung_names() -> int: ...
     def rung_bits() -> int: ...
@@ -91,6 +90,8 @@ class Family(NamedTuple):
 
 def served_by(family: Family, rung: str) -> str:
     """The best code of a family that runs wherever a rung runs. A CPU with AVX-512 need not have AVX-VNNI."""
+    if rung in family.rungs:
+        return rung
     order = RUNGS[machine()]
     below = [r for r in order[order.index(rung) :] if r == rung or r != "avxvnni"]
     return next(r for r in below if r in family.rungs)
@@ -275,13 +276,12 @@ def registration(families: Sequence[Family], rungs: Sequence[str], name: str, st
 
     `name` is its symbol, `storage` the symbol of `storage_words(families)` int64.
     """
-    order = RUNGS[machine()]
     operators = [(o, i) for i, family in enumerate(families) for o in family.operators]
     callbacks = [symbol(f.name, role, served_by(f, rung)) for f in families for rung in rungs for role in ROLES]
     scope: dict[str, Any] = {
         "SOURCES": tuple(sorted({s for f in families for s in f.sources})),
         "rung_names": constant_table(f"{name}_rungs", [w for r in rungs for w in text_words(r, cpu.NAME_WORDS)]),
-        "rung_bits": constant_table(f"{name}_bits", [order.index(r) for r in rungs]),
+        "rung_bits": constant_table(f"{name}_bits", [cpu.bit(r) for r in rungs]),
         "common_words": constant_table(f"{name}_common", _callback_words()),
         "operator_words": constant_table(f"{name}_operators", [w for o, i in operators for w in _operator_words(o, i)]),
         "callback_table": constant_table(f"{name}_callbacks", callbacks),

@@ -82,6 +82,18 @@ def _symbol(data: bytes, offset: int, names: int, sections: list[Section | None]
     return Symbol(label, info >> 4 == 0, kind, index != 0, section, value, size)
 
 
+def _section(data: bytes, header: tuple[int, ...], names: int) -> Section | None:
+    """A section; None for one that is not loaded."""
+    name, kind, flags, _, offset, size, _, _, align, _ = header
+    label = _text(data, names + name)
+    if not flags & _ALLOC or not size or label == ".eh_frame":  # nothing here unwinds
+        return None
+    if kind in (14, 15, 16):
+        raise LinkError(f"section {label}: code that runs on loading is not supported")
+    content = b"" if kind == NOBITS else data[offset : offset + size]
+    return Section(label, kind, bool(flags & _WRITE), bool(flags & _EXECUTE), max(align, 1), size, content)
+
+
 def read_object(data: bytes) -> Object:
     """The sections that are loaded, all symbols, and the relocations of those sections."""
     if data[:6] != b"\x7fELF\x02\x01" or struct.unpack_from("<H", data, 16)[0] != 1:
@@ -93,15 +105,7 @@ def read_object(data: bytes) -> Object:
     count, names_index = struct.unpack_from("<HH", data, 60)
     headers = [struct.unpack_from("<IIQQQQIIQQ", data, table + 64 * i) for i in range(count)]
     names = headers[names_index][4]
-    sections: list[Section | None] = []
-    for name, kind, flags, _, offset, size, _, _, align, _ in headers:
-        label = _text(data, names + name)
-        loaded = flags & _ALLOC and size and label != ".eh_frame"  # nothing here unwinds
-        if loaded and kind in (14, 15, 16):
-            raise LinkError(f"section {label}: code that runs on loading is not supported")
-        content = b"" if kind == NOBITS else data[offset : offset + size]
-        made = Section(label, kind, bool(flags & _WRITE), bool(flags & _EXECUTE), max(align, 1), size, content) if loaded else None
-        sections.append(made)
+    sections = [_section(data, header, names) for header in headers]
     found.sections = [s for s in sections if s is not None]
     for _, kind, _, _, offset, size, link, _, _, _ in headers:
         if kind == 2:

@@ -1,7 +1,7 @@
 """Functions that C code calls: named symbols with the C calling convention, written in Python.
 
-An `Export` is a plain Python function, its name and its number of int64 arguments. `bind` compiles one in this process and makes the
-name known to LLVM, so that `symaddr(name)` finds it; `graphopt.kernels.aot_build` links the same exports into a library.
+An `Export` is a plain Python function, its name and its number of int64 arguments. `bind` compiles one in this process and makes
+the name known to LLVM, so that `symaddr(name)` finds it; `graphopt.kernels.aot_build` links the same exports into a library.
 """
 
 from __future__ import annotations

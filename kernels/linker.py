@@ -1,7 +1,7 @@
 """A linker for what LLVM emits: relocatable objects become one shared library. Linux on x86-64 and AArch64.
 
-Only the relocations of position-independent code without a runtime are known; any other one is an error, never a guess. Symbols that
-no object defines must be in an explicit list of imports, which the system's loader resolves.
+Only the relocations of position-independent code without a runtime are known; any other one is an error, never a guess. Symbols
+that no object defines must be in an explicit list of imports, which the system's loader resolves.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The operators Int8Region0 ... Int8Region63: what stands between onnxruntime and the engine that runs a compiled plan.
 
-A node has the activations as its first inputs, then constants; any number of outputs; `plan` (ints, `plan[PLAN_INPUTS]` is the number
-of activations) and `scales` (floats). `create` reads all that once, when the session is made; `compute` asks the engine for an
-instance bound to the shapes at hand, lets onnxruntime allocate the outputs, and runs it.
+A node has the activations as its first inputs, then constants; any number of outputs; `plan` (ints, `plan[PLAN_INPUTS]` is the
+number of activations) and `scales` (floats). `create` reads all that once, when the session is made; `compute` asks the engine for
+an instance bound to the shapes at hand, lets onnxruntime allocate the outputs, and runs it.
 """
 
 from __future__ import annotations
@@ -352,7 +352,8 @@ def _exports(name: str, made: Engine, isa: str, sources: tuple[str, ...]) -> lis
     for helper in (_make, _allocate):
         scope[helper.__name__.strip("_")] = specialise(helper, f"{name}__{isa}", **scope)
     exports = [Export(body, clone(_body, body, call=f, SOURCES=sources), 2, void=True) for body, f in made.bodies.items()]
-    for role, function, arguments in zip(ROLES, (_create, _compute, _destroy), (4, 2, 1), strict=True):
+    callbacks: tuple[Callable[..., Any], ...] = (_create, _compute, _destroy)
+    for role, function, arguments in zip(ROLES, callbacks, (4, 2, 1), strict=True):
         c_name = symbol(name, role, isa)
         exports.append(Export(c_name, clone(function, c_name, **scope), arguments, void=role == "destroy"))
     return exports

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-import sys
+import platform
 import threading
 import weakref
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphopt.kernels.customop import Family
 
-FAMILIES: tuple[str, ...] = ("graphopt.kernels.engine:FAMILY",)
+FAMILIES: tuple[str, ...] = ("graphopt.kernels.operators:REGION",)
 """Where the families of operators are: `module:attribute`; sparse kernels will be one more."""
 
 _LOCK = threading.RLock()
@@ -40,7 +40,7 @@ def rung() -> str:
     wish = os.environ.get("GRAPHOPT_CPU")
     if not wish:
         return able[0]
-    if wish not in able:
+    if wish not in able and not wish.endswith("_soft"):
         raise ValueError(f"graphopt: GRAPHOPT_CPU={wish} is not available here; choose from: {' '.join(able)}")
     return wish
 
@@ -65,7 +65,7 @@ def _compile(isa: str, places: Sequence[str]) -> str:
 
 
 def _library(target: int) -> str:
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         from graphopt.kernels import trampoline
 
         return trampoline.load(target)
@@ -86,8 +86,8 @@ def library_path(places: Sequence[str] = FAMILIES) -> str:
 def register(session_options: Any, places: Sequence[str] = FAMILIES) -> None:
     """Make graphopt's operators known to the sessions made with these options, compiled in this process.
 
-    A second call for the same options does nothing. From any thread. Raises ValueError for a GRAPHOPT_CPU that this machine does not
-    have, RuntimeError where code cannot be loaded.
+    A second call for the same options does nothing. From any thread. Raises ValueError for a GRAPHOPT_CPU that this machine does
+    not have, RuntimeError where code cannot be loaded.
     """
     with _LOCK:
         if session_options in _REGISTERED:

@@ -61,9 +61,8 @@ def image(arch: str, soname: str = "graphopt_jit.so") -> bytes:
         return struct.pack("<IIQQQQQQ", kind, flags, address, address, address, length, length, align)
 
     out = bytearray(slot + 8)
-    out[:64] = (
-        b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHIQQQIHHHHHH", 3, _ELF_MACHINE[arch], 1, 0, 64, 0, 0, 64, 56, 5, 0, 0, 0)
-    )
+    header = struct.pack("<HHIQQQIHHHHHH", 3, _ELF_MACHINE[arch], 1, 0, 64, 0, 0, 64, 56, 5, 0, 0, 0)
+    out[:64] = b"\x7fELF\x02\x01\x01" + bytes(9) + header
     out[64:headers] = (
         segment(1, 4, 0, size, page)
         + segment(1, 5, text, len(code), page)

@@ -34,7 +34,7 @@ CHUNKS = 16
 SOURCES = (__file__,)
 
 if TYPE_CHECKING:
-    BODY: str  # given by `engine`
+    BODY = ""  # given by `engine`
 
 # handle: 0 parallel, 8 added value (float32), 16 outputs, 24 spare instance, 32... output types
 # instance: 0 handle, 8... record of the input; then input, output, elements, output index of a run (the callbacks get the instance)
@@ -121,7 +121,7 @@ def engine(isa: str) -> Engine:
     body = f"toy_part__{isa}"
     parts = (_create, _destroy, _acquire, _output_shape, _output_type, _run, _release)
     made = [specialise(part, isa, BODY=body, SOURCES=SOURCES) for part in parts]
-    return Engine(*made, bodies={body: specialise(_part, isa, SOURCES=SOURCES)})
+    return Engine(*made, {body: specialise(_part, isa, SOURCES=SOURCES)})
 
 
 FAMILY = family(engine, sorted({r for rungs in RUNGS.values() for r in rungs}), SOURCES, "toy")

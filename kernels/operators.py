@@ -1,0 +1,10 @@
+"""The families of operators that graphopt registers. A new kind of kernel adds its family here and to `runtime.FAMILIES`."""
+
+from __future__ import annotations
+
+from graphopt.kernels import engine, isa
+from graphopt.kernels.region import family
+from graphopt.kernels.specialise import package_sources
+
+REGION = family(engine.engine, tuple(isa.RUNGS), package_sources())
+"""Int8Region0 ... Int8Region63."""
