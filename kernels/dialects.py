@@ -12,6 +12,7 @@ Two families of weights, chosen by `Dialect.pairs`:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import ClassVar
 
 from llvmlite import ir
@@ -38,6 +39,7 @@ from graphopt.kernels.vectors import (
     vector,
 )
 
+Taps = Callable[[int], list[Value]]  # i -> one operand for each group of taps; made when asked for, to be short-lived
 Emit = Callable[..., Value]
 EVEN_BYTES = 0x00FF00FF
 
@@ -87,15 +89,19 @@ class Dialect:
         ]
         return shuffle(b, one, two, order)
 
-    def taps(self, b: Builder, rows: Sequence[Value]) -> list[list[Value]]:
-        """Horizontal taps, each u8 [4 lanes], as 4 operands of `tap_dot` a group: number i has channels 4 i + 0..3 of every 16."""
+    def taps(self, b: Builder, rows: Sequence[Value]) -> Taps:
+        """Operands of `tap_dot` from horizontal taps, each u8 [4 lanes]: of every group of taps, channels 4 i + 0..3 of each 16."""
         zero = ir.Constant(self.i8, None)
-        groups = []
-        for k in range(0, len(rows), 2):
-            other = rows[k + 1] if k + 1 < len(rows) else rows[k]
-            bytes_ = [self.interleave(b, rows[k], other, high, 1) for high in (False, True)]
-            groups.append([b.bitcast(self.interleave(b, bytes_[i // 2], zero, bool(i % 2), 1), self.i16) for i in range(4)])
-        return groups
+        pairs = [(rows[k], rows[min(k + 1, len(rows) - 1)]) for k in range(0, len(rows), 2)]
+
+        @cache
+        def half(k: int, high: bool) -> Value:
+            return self.interleave(b, *pairs[k], high, 1)
+
+        def operands(i: int) -> list[Value]:
+            return [b.bitcast(self.interleave(b, half(k, i > 1), zero, bool(i % 2), 1), self.i16) for k in range(len(pairs))]
+
+        return operands
 
     def tap_dot(self, b: Builder, acc: Value, x: Value, w: Value) -> Value:
         """acc + the products of one group of taps; w as bytes."""
@@ -199,17 +205,20 @@ class Quads(Dialect):
     def dot(self, b: Builder, acc: Value, x: Sequence[Value], w: Sequence[Value]) -> Value:
         return self.add_quads(b, acc, x[0], w[0])
 
-    def taps(self, b: Builder, rows: Sequence[Value]) -> list[list[Value]]:
-        groups = []
-        for k in range(0, len(rows), 4):
-            # a tap that is missing has weight zero, whatever it is multiplied with
-            four = [self.prepared(b, row) for row in rows[k : k + 4]]
-            four += [four[-1]] * (4 - len(four))
-            pairs = [[self.interleave(b, four[i], four[i + 1], high, 1) for high in (False, True)] for i in (0, 2)]
-            wide = [[b.bitcast(half, self.i16) for half in pair] for pair in pairs]
-            quads = [self.interleave(b, wide[0][i // 2], wide[1][i // 2], bool(i % 2), 2) for i in range(4)]
-            groups.append([b.bitcast(quad, self.i8) for quad in quads])
-        return groups
+    def taps(self, b: Builder, rows: Sequence[Value]) -> Taps:
+        ready = [self.prepared(b, row) for row in rows]
+        # a tap that is missing has weight zero, whatever it is multiplied with
+        quads = [[ready[min(k + t, len(rows) - 1)] for t in range(4)] for k in range(0, len(rows), 4)]
+
+        @cache
+        def half(k: int, first: int, high: bool) -> Value:
+            return b.bitcast(self.interleave(b, quads[k][first], quads[k][first + 1], high, 1), self.i16)
+
+        def operands(i: int) -> list[Value]:
+            both = [(half(k, 0, i > 1), half(k, 2, i > 1)) for k in range(len(quads))]
+            return [b.bitcast(self.interleave(b, one, two, bool(i % 2), 2), self.i8) for one, two in both]
+
+        return operands
 
     def tap_dot(self, b: Builder, acc: Value, x: Value, w: Value) -> Value:
         return self.add_quads(b, acc, x, w)

@@ -47,7 +47,7 @@ RUNGS: dict[str, Isa] = {
         Isa("amx", 16, _VNNI | {"amx-tile", "amx-int8"}, 64, 0, (8, 8, 8, 6)),
         Isa("avx512vnni", 16, _VNNI, 64, 0, (8, 8, 8, 6)),
         Isa("avxvnni", 8, _AVX2 | {"avxvnni"}, 64, 0, (6, 3)),
-        Isa("avx2", 8, _AVX2, 128, 0, (4, 2)),
+        Isa("avx2", 8, _AVX2, 128, 0, (3, 2)),
         Isa("neon_dot", 4, frozenset({"neon", "dotprod"}), 64, 128, (6,)),
         Isa("generic", 4, frozenset(), 128, 0, (2,)),
         Isa("amx_soft", 16, frozenset(), 64, 0, (8, 8, 8, 6), soft=True),

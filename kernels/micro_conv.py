@@ -152,7 +152,7 @@ def epilogue(b: Builder, tile: Tile, acc: Accumulator, pixel: Value) -> None:
 
 
 def _accumulate(b: Builder, tile: Tile, pixel: Value, panels: int) -> list[Value]:
-    """comp + all of K, two groups of four a turn; int32 vectors, pixel by pixel."""
+    """comp + all of K; int32 vectors, pixel by pixel."""
     d, per_panel = tile.dialect, 16 // tile.dialect.lanes
     table = scaled(b, tile.field(b, layout.CONV_PIXELS), pixel, 4)
     base, stride = tile.field(b, layout.CONV_INPUT), tile.field(b, layout.CONV_PANEL)
@@ -162,18 +162,20 @@ def _accumulate(b: Builder, tile: Tile, pixel: Value, panels: int) -> list[Value
     offsets = tile.field(b, layout.CONV_K)
     comp = tile.channels(b, layout.CONV_COMP, d.i32)
 
+    turns = 1 if d.pairs else 2  # LLVM reorders the sums of two groups of pairs, and runs out of registers
+
     def body(group: Value, acc: list[Value]) -> list[Value]:
-        for half in range(2):
-            offset = load_index(b, scaled(b, offsets, group, 4), 4 * half)
+        for turn in range(turns):
+            offset = load_index(b, scaled(b, offsets, group, 4), 4 * turn)
             x = [d.broadcast(b, load(b, b.add(address, offset), I32)) for address in inputs]
             for j in range(tile.vectors):
-                at = b.add(scaled(b, weights[j // per_panel], group, d.isa.weight_bytes), const(half * d.isa.weight_bytes))
+                at = b.add(scaled(b, weights[j // per_panel], group, d.isa.weight_bytes), const(turn * d.isa.weight_bytes))
                 w = d.weights(b, at, j % per_panel)
                 for r in range(tile.pixels):
                     acc[r * tile.vectors + j] = d.dot(b, acc[r * tile.vectors + j], x[r], w)
         return acc
 
-    return loop(b, const(0), tile.field(b, layout.CONV_GROUPS), 2, comp * tile.pixels, body)
+    return loop(b, const(0), tile.field(b, layout.CONV_GROUPS), turns, comp * tile.pixels, body)
 
 
 def conv_tiles(d: Dialect, pixels: int, panels: int) -> Any:

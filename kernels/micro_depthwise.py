@@ -1,8 +1,7 @@
 """The depthwise micro-kernel: one chunk of the flat output row, all rows, with the sums of unfinished rows in registers.
 
-A chunk is 4 vectors of int32, so 16 bytes x lanes / 4. It may start in any channel that is a multiple of 16, therefore weights,
-comp and scale are kept as [4][C / 16 + 3][4 channels], their last 3 groups being the first again: vector i of a chunk that starts
-in group g is found at [i][g], for any number of lanes.
+A chunk is 4 vectors of int32, so 16 bytes x lanes / 4, and may start in any channel that is a multiple of 16. Weights, comp and
+scale are kept as the vectors of a chunk for each such start, side by side (packing.py): one address serves all of them.
 """
 
 from __future__ import annotations
@@ -11,10 +10,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from graphopt.kernels import layout
-from graphopt.kernels.dialects import Dialect
-from graphopt.kernels.vectors import I8, I32, I64, Builder, Value, clamp, concat, const, load, loop, procedure, splat, store, vector
-
-Taps = list[list[Value]]  # [group][4]
+from graphopt.kernels.dialects import Dialect, Taps
+from graphopt.kernels.vectors import (
+    I8,
+    I32,
+    I64,
+    Builder,
+    Value,
+    clamp,
+    concat,
+    const,
+    load,
+    loop,
+    procedure,
+    scaled,
+    splat,
+    store,
+    vector,
+)
 
 
 class _Chunk:
@@ -29,18 +42,17 @@ class _Chunk:
         self.channels, self.pitch = field(layout.DW_C), field(layout.DW_ROW)
         self.rows = field(layout.DW_OH)
         self.output, self.out_pitch = b.add(field(layout.DW_OUTPUT), start), field(layout.DW_OUT_ROW)
-        self.part = b.add(self.channels, const(48))  # bytes of [C / 16 + 3][4 channels] x 4
-        first = b.and_(b.urem(start, self.channels), const(-16))
-        self.weights, comp, scale = (b.add(field(slot), first) for slot in (layout.DW_WEIGHTS, layout.DW_COMP, layout.DW_SCALE))
-        self.comp, self.scale = (
-            [load(b, b.add(base, b.mul(self.part, const(i))), kind) for i in range(4)]
-            for base, kind in ((comp, d.i32), (scale, d.f32))
-        )
+        first = b.udiv(b.urem(start, self.channels), const(16))
+        size, sets = 16 * d.lanes, -(-kernel // (2 if d.pairs else 4))
+        self.weights = scaled(b, field(layout.DW_WEIGHTS), first, kernel * sets * size)
+        comp, scale = (scaled(b, field(slot), first, size) for slot in (layout.DW_COMP, layout.DW_SCALE))
+        self.comp = [load(b, comp, d.i32, 4 * d.lanes * i) for i in range(4)]
+        self.scale = [load(b, scale, d.f32, 4 * d.lanes * i) for i in range(4)]
         self.zero = b.trunc(field(layout.DW_ZERO), I32)
         self.low, self.high = (splat(b, b.trunc(field(slot), I8), 4 * d.lanes) for slot in (layout.DW_LOW, layout.DW_HIGH))
 
     def taps(self, y: Value | int) -> Taps:
-        """The operands of input row y."""
+        """Input row y."""
         b, y = self.b, const(y) if isinstance(y, int) else y
         offset = b.mul(self.pitch, y)
         rows = []
@@ -50,49 +62,55 @@ class _Chunk:
             rows.append(concat(b, [load(b, b.add(address, at), kind) for address in self.inputs]))
         return self.d.taps(b, rows)
 
-    def add(self, acc: Sequence[Value], taps: Taps, row: int) -> list[Value]:
-        """acc + one row of the window."""
-        b, out = self.b, list(acc)
-        for i in range(4):
-            for g, group in enumerate(taps):
-                at = b.add(self.weights, b.mul(self.part, const((row * len(taps) + g) * 4 + i)))
-                out[i] = self.d.tap_dot(b, out[i], group[i], load(b, at, self.d.i8))
-        return out
+    def add(self, acc: Value, operands: Sequence[Value], row: int, i: int) -> Value:
+        """Vector i of a sum + one row of the window."""
+        b = self.b
+        for g, operand in enumerate(operands):
+            w = load(b, self.weights, self.d.i8, ((row * len(operands) + g) * 4 + i) * 4 * self.d.lanes)
+            acc = self.d.tap_dot(b, acc, operand, w)
+        return acc
 
-    def finish(self, acc: Sequence[Value], y: Value) -> None:
-        """Requantise and store output row y."""
-        b, d = self.b, self.d
-        values = [d.rint(b, b.fmul(b.sitofp(a, d.f32), s)) for a, s in zip(acc, self.scale, strict=True)]
-        packed = clamp(b, d.pack(b, values, self.zero), self.low, self.high, "u")
+    def requantise(self, acc: Value, i: int) -> Value:
+        """int32, before the zero point."""
+        return self.d.rint(self.b, self.b.fmul(self.b.sitofp(acc, self.d.f32), self.scale[i]))
+
+    def finish(self, values: Sequence[Value], y: Value) -> None:
+        """Store output row y."""
+        b = self.b
+        packed = clamp(b, self.d.pack(b, values, self.zero), self.low, self.high, "u")
         store(b, packed, b.add(self.output, b.mul(self.out_pitch, y)))
 
 
 def _rows(chunk: _Chunk, stride: int) -> None:
     """All output rows. Each input row is prepared once, for every output row that it belongs to.
 
-    pending[k] has what the output row y + k takes from the input rows before stride * y + kernel - stride.
+    Vector i of pending sum k, carried at 4 k + i, is what output row y + k takes from the input rows before
+    stride * y + kernel - stride. All of vector i is done before vector i + 1: registers are few.
     """
-    b, kernel = chunk.b, chunk.kernel
-    ready = kernel - stride
+    b, ready = chunk.b, chunk.kernel - stride
     depth = -(-ready // stride)
-    known = [chunk.taps(r) for r in range(ready)]
-    pending: list[Value] = []
-    for k in range(depth):
-        acc = chunk.comp
-        for r in range(stride * k, ready):
-            acc = chunk.add(acc, known[r], r - stride * k)
-        pending += acc
+    pending = [vector for _ in range(depth) for vector in chunk.comp]
+    for r in range(ready):
+        taps = chunk.taps(r)
+        for i in range(4):
+            operands = taps(i)
+            for k in range(r // stride + 1):
+                pending[4 * k + i] = chunk.add(pending[4 * k + i], operands, r - stride * k, i)
 
     def body(y: Value, carried: list[Value]) -> list[Value]:
-        acc = [carried[4 * k : 4 * k + 4] for k in range(depth)] + [chunk.comp]
+        acc = [*carried, *chunk.comp]
+        values = []
         for fresh in range(stride):
-            taps = chunk.taps(b.add(b.mul(y, const(stride)), const(ready + fresh)))
-            for k in range(depth + 1):
-                row = ready + fresh - stride * k
-                if row >= 0:
-                    acc[k] = chunk.add(acc[k], taps, row)
-        chunk.finish(acc[0], y)
-        return [value for four in acc[1 : depth + 1] for value in four]
+            row = ready + fresh
+            taps = chunk.taps(b.add(b.mul(y, const(stride)), const(row)))
+            for i in range(4):
+                operands = taps(i)
+                for k in range(min(depth, row // stride) + 1):
+                    acc[4 * k + i] = chunk.add(acc[4 * k + i], operands, row - stride * k, i)
+                if fresh == stride - 1:
+                    values.append(chunk.requantise(acc[i], i))
+        chunk.finish(values, y)
+        return acc[4 : 4 * depth + 4]
 
     loop(b, const(0), chunk.rows, 1, pending, body)
 

@@ -155,13 +155,17 @@ def depthwise(S: int, c0: int, c1: int) -> None:
 
 
 @cache
-def _packers(pairs: bool) -> dict[str, Any]:
-    """The packers of a family; they are the same for every rung of it."""
+def _packers(pairs: bool, lanes: int) -> dict[str, Any]:
+    """The packers of a family; they are the same for every rung of it with as many lanes."""
     family = "pairs" if pairs else "quads"
-    scope = {name: specialise(getattr(packing, name), family) for name in ("signed_byte", "channels_bytes")}
+
+    def make(name: str, **scope: Any) -> Any:
+        return specialise(getattr(packing, name), f"{family}{lanes}", LANES=lanes, **scope)
+
+    scope = {name: make(name) for name in ("signed_byte", "channels_bytes", "channel_of")}
     names = ("pack_panels", "panel_bytes", "pack_depthwise", "depthwise_bytes")
-    made = {name: specialise(getattr(packing, f"{name}_{family}"), family, **scope) for name in names}
-    return {**made, "pack_channels": specialise(packing.pack_channels, family), "channels_bytes": scope["channels_bytes"]}
+    made = {name: make(f"{name}_{family}", **scope) for name in names}
+    return {**made, "pack_channels": make("pack_channels", **scope), "channels_bytes": scope["channels_bytes"]}
 
 
 def _conv(isa: Isa) -> dict[str, Any]:
@@ -204,5 +208,5 @@ def kernels(name: str) -> KernelSet:
         dw_min_row=isa.chunk,
         scratch=scratch,
         **_conv(isa),
-        **_packers(dialect(isa).pairs),
+        **_packers(dialect(isa).pairs, isa.lanes),
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from graphopt.kernels.abi import ld8, ld32, st8, st16, st32
 
-REPEATED = 3  # groups of 16 channels that the depthwise layouts repeat at their end
+LANES = 4  # int32 lanes of a vector; set for each rung
 
 
 def signed_byte(address: int) -> int:
@@ -44,17 +44,20 @@ def pack_panels_pairs(target: int, source: int, panels: int, groups: int) -> Non
 
 def channels_bytes(channels: int) -> int:
     """Size of what `pack_channels` writes."""
-    return 4 * (channels // 16 + REPEATED) * 16
+    return channels * LANES
+
+
+def channel_of(g: int, i: int, lane: int, channels: int) -> int:
+    """The channel under a lane of vector i of a chunk that starts in group g of 16; rows of channels follow one another."""
+    return (g * 16 + lane // 4 * 16) % channels + 4 * i + lane % 4
 
 
 def pack_channels(target: int, source: int, channels: int) -> None:
-    """4-byte elements [channels] -> [4][channels / 16 + 3][4]: element c of part i in group g is channel 16 g + 4 i + c."""
-    groups = channels // 16
-    for i in range(4):
-        for g in range(groups + REPEATED):
-            for c in range(4):
-                item = (i * (groups + REPEATED) + g) * 4 + c
-                st32(target + 4 * item, ld32(source + 4 * (g % groups * 16 + 4 * i + c)))
+    """4-byte elements [channels] -> [channels / 16][4][LANES]: the vectors of a chunk that starts in each group."""
+    for g in range(channels // 16):
+        for i in range(4):
+            for lane in range(LANES):
+                st32(target + 4 * ((g * 4 + i) * LANES + lane), ld32(source + 4 * channel_of(g, i, lane, channels)))
 
 
 def depthwise_bytes_quads(channels: int, kernel: int) -> int:
@@ -68,28 +71,26 @@ def depthwise_bytes_pairs(channels: int, kernel: int) -> int:
 
 
 def pack_depthwise_quads(target: int, source: int, channels: int, kernel: int) -> None:
-    """s8 [C][kernel * kernel] -> [rows][groups of 4 taps], each s8 [4] in the order of `pack_channels`; absent taps are 0."""
-    groups, sets = channels // 16, (kernel + 3) // 4
-    for row in range(kernel):
-        for tap in range(sets * 4):
-            for i in range(4):
-                for g in range(groups + REPEATED):
-                    for c in range(4):
-                        item = (((row * sets + tap // 4) * 4 + i) * (groups + REPEATED) + g) * 4 + c
-                        channel = g % groups * 16 + 4 * i + c
-                        value = signed_byte(source + (channel * kernel + row) * kernel + tap) if tap < kernel else 0
-                        st8(target + 4 * item + tap % 4, value & 255)
+    """s8 [C][kernel * kernel] -> [C / 16][kernel rows][sets of 4 taps][4][LANES] of s8 [4]; absent taps are 0."""
+    sets = (kernel + 3) // 4
+    for g in range(channels // 16):
+        for row in range(kernel):
+            for tap in range(sets * 4):
+                for i in range(4):
+                    for lane in range(LANES):
+                        item = (((g * kernel + row) * sets + tap // 4) * 4 + i) * LANES + lane
+                        at = source + (channel_of(g, i, lane, channels) * kernel + row) * kernel + tap
+                        st8(target + 4 * item + tap % 4, ld8(at) if tap < kernel else 0)
 
 
 def pack_depthwise_pairs(target: int, source: int, channels: int, kernel: int) -> None:
-    """As `pack_depthwise_quads`, in groups of 2 taps, int16."""
-    groups, sets = channels // 16, (kernel + 1) // 2
-    for row in range(kernel):
-        for tap in range(sets * 2):
-            for i in range(4):
-                for g in range(groups + REPEATED):
-                    for c in range(4):
-                        item = (((row * sets + tap // 2) * 4 + i) * (groups + REPEATED) + g) * 4 + c
-                        channel = g % groups * 16 + 4 * i + c
-                        value = signed_byte(source + (channel * kernel + row) * kernel + tap) if tap < kernel else 0
-                        st16(target + 4 * item + tap % 2 * 2, value)
+    """As `pack_depthwise_quads`, in sets of 2 taps, int16."""
+    sets = (kernel + 1) // 2
+    for g in range(channels // 16):
+        for row in range(kernel):
+            for tap in range(sets * 2):
+                for i in range(4):
+                    for lane in range(LANES):
+                        item = (((g * kernel + row) * sets + tap // 2) * 4 + i) * LANES + lane
+                        at = source + (channel_of(g, i, lane, channels) * kernel + row) * kernel + tap
+                        st16(target + 4 * item + tap % 2 * 2, signed_byte(at) if tap < kernel else 0)

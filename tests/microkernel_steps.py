@@ -169,6 +169,10 @@ def _execute(ks: KernelSet, step: Step, case: Dense, tiles: bool, split: int) ->
         ks.conv_amx(step.address, 0, min(split, pairs), scratch.ctypes.data)
         ks.conv_amx(step.address, min(split, pairs), pairs, scratch.ctypes.data)
         return
+    if split < 0:
+        ks.gemv(step.address, 0, 5)
+        ks.gemv(step.address, 5, -(-case.n // 16))
+        return
     middle = min(split * layout.PIXELS, case.m)
     ks.conv(step.address, 0, middle)
     ks.conv(step.address, middle, case.m)

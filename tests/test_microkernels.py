@@ -76,12 +76,11 @@ def test_depthwise(
     np.testing.assert_array_equal(got, wanted)
 
 
-def test_gemv_of_some_panels() -> None:
-    from graphopt.kernels.microkernels import kernels
-
-    whole, wanted = run_dense(isa.detect(), Dense(1, 64, 112))
-    np.testing.assert_array_equal(whole, wanted)
-    assert kernels(isa.detect()).gemv.signatures  # conv took that way
+@pytest.mark.parametrize("rung", HERE)
+@pytest.mark.parametrize("mode", MODES)
+def test_gemv_in_two_parts(rung: str, mode: int) -> None:
+    got, wanted = run_dense(rung, Dense(1, 64, 107, mode), split=-1)
+    np.testing.assert_array_equal(got, wanted)
 
 
 def _python(code: str, **environment: str) -> str:
