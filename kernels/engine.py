@@ -13,8 +13,8 @@ from typing import Any
 from graphopt.kernels import engine_bind, engine_check, engine_pack, engine_rows, engine_run, engine_state, packing
 from graphopt.kernels.abi import lock, stack64, unlock
 from graphopt.kernels.engine_bind import bind_arena, bind_bytes, bind_lives, bind_padding, bind_sizes
-from graphopt.kernels.engine_check import check_outputs, check_step, set_pitches
-from graphopt.kernels.engine_pack import pack_all
+from graphopt.kernels.engine_check import check_outputs, check_step
+from graphopt.kernels.engine_pack import pack_all, set_pitches
 from graphopt.kernels.engine_rows import build_rows
 from graphopt.kernels.engine_state import (
     BOUND,

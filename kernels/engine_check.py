@@ -18,7 +18,6 @@ from graphopt.kernels.engine_state import (
     R_RANK,
     R_TYPE,
     T_CHANNELS,
-    T_PITCH,
     T_WRITTEN,
     T_ZERO,
     constant_at,
@@ -406,26 +405,8 @@ def check_outputs(handle: int, seen: int, error: int) -> int:
     return 1
 
 
-def set_pitches(handle: int) -> None:
-    """Bytes between pixels: 1 or 4 for the few channels of an input, else a multiple of 16 (with room for the last group's vectors)."""
-    for t in range(get(handle, H_TENSORS)):
-        tensor = tensor_at(handle, t)
-        channels = get(tensor, T_CHANNELS)
-        pitch = (channels + 15) // 16 * 16
-        if get(tensor, T_WRITTEN) == 1 and channels <= 4:
-            pitch = 1 if channels == 1 else 4
-        put(tensor, T_PITCH, pitch)
-    for i in range(get(handle, H_STEPS)):
-        s = step_at(handle, i)
-        if get(s, 0) == CONV and get(s, 3) >= 0 and get(s, 17) > 1:
-            tensor = tensor_at(handle, get(s, 3))
-            each = get(tensor, T_CHANNELS) // get(s, 17)
-            room = get(tensor, T_CHANNELS) - each + (each + 15) // 16 * 16
-            put(tensor, T_PITCH, max(get(tensor, T_PITCH), (room + 15) // 16 * 16))
-
-
 TEMPLATES = (
     elements, readable, positive_scales, finite_scales, sum_scales, written,
     window_ok, rank_ok, check_input, check_output, weight_shape, weight_of, check_sums, check_conv_constants, check_conv,
-    check_float_conv, fresh, check_pool, check_binary, check_copy, check_step, check_outputs, set_pitches,
+    check_float_conv, fresh, check_pool, check_binary, check_copy, check_step, check_outputs,
 )  # fmt: skip

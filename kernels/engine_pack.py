@@ -8,11 +8,14 @@ from graphopt.kernels.engine_check import elements, weight_of
 from graphopt.kernels.engine_state import (
     H_PAIRS,
     H_SIGNED,
+    H_STEPS,
+    H_TENSORS,
     H_TILES,
     R_DATA,
     R_DIMS,
     T_CHANNELS,
     T_PITCH,
+    T_WRITTEN,
     T_ZERO,
     constant_at,
     get,
@@ -33,7 +36,7 @@ from graphopt.kernels.packing import (
     pack_panels_pairs,
     pack_panels_quads,
 )
-from graphopt.kernels.plan import IOHW, KN
+from graphopt.kernels.plan import CONV, IOHW, KN
 
 # a packed convolution: how it runs, and one part for each group and each phase of a transposed one
 P_VARIANT = 0
@@ -358,12 +361,34 @@ def weight_channels(handle: int, s: int, outputs: bool) -> int:
     return first if outputs else second
 
 
+def set_pitches(handle: int) -> None:
+    """Bytes between pixels: 1 or 4 for the few channels of an input, else a multiple of 16 (with room for the last group's vectors)."""
+    for t in range(get(handle, H_TENSORS)):
+        tensor = tensor_at(handle, t)
+        channels = get(tensor, T_CHANNELS)
+        pitch = (channels + 15) // 16 * 16
+        if get(tensor, T_WRITTEN) == 1 and channels <= 4:
+            pitch = 1 if channels == 1 else 4
+        put(tensor, T_PITCH, pitch)
+    for i in range(get(handle, H_STEPS)):
+        s = step_at(handle, i)
+        if get(s, 0) != CONV or get(s, 3) < 0 or get(s, 17) == 1:
+            continue
+        tensor = tensor_at(handle, get(s, 3))
+        if depthwise_variant(handle, s, weight_channels(handle, s, False), weight_channels(handle, s, True)) != DENSE:
+            put(tensor, T_PITCH, max(get(tensor, T_PITCH), get(tensor_at(handle, get(s, 1)), T_PITCH)))
+            continue
+        each = get(tensor, T_CHANNELS) // get(s, 17)
+        room = get(tensor, T_CHANNELS) - each + (each + 15) // 16 * 16
+        put(tensor, T_PITCH, max(get(tensor, T_PITCH), (room + 15) // 16 * 16))
+
+
 def pack_all(handle: int, steps: int, packed: int) -> int:
     """Pack every convolution of the plan into the table `packed`; 0 where memory runs out."""
     for i in range(steps):
         s = step_at(handle, i)
         put(packed, i, 0)
-        if get(s, 0) == 3:
+        if get(s, 0) == CONV:
             record = pack_step(handle, s, weight_channels(handle, s, False), weight_channels(handle, s, True))
             if record == 0:
                 return 0
@@ -374,5 +399,7 @@ def pack_all(handle: int, steps: int, packed: int) -> int:
 TEMPLATES = (
     tap_reach, take_tap, list_groups, put_offset, pack_part, pack_tiles, pack_numbers, zero_of, bias_of, put_multiplier,
     panel_bytes, pack_panels, depthwise_bytes, pack_depthwise,
-    pack_depthwise_step, depthwise_variant, pack_step, weight_channels, pack_all,
+    pack_depthwise_step, depthwise_variant, pack_step, weight_channels,
+    set_pitches,
+    pack_all,
 )  # fmt: skip
