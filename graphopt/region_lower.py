@@ -13,7 +13,7 @@ from graphopt.region_find import Region
 from graphopt.region_fuse import Draft, finish
 from graphopt.region_tables import table
 from graphopt.region_units import Unit
-from graphopt.region_values import F, Given, Numbers, turned
+from graphopt.region_values import F, Given, Numbers, constant, turned
 from graphopt.region_views import View
 
 ELEMENT = {np.dtype(np.float32): p.FLOAT, np.dtype(np.uint8): p.UINT8, np.dtype(np.int8): p.INT8}
@@ -172,12 +172,11 @@ def _conv(work: Lowering, unit: Unit) -> None:
             given, fields["order"] = turned(given, w.values, work.region.site.names)[0], p.OIHW
     fields |= {"x": x, "weight": work.constant(given), "weight_scale": work.constant(Given(w.scale, w.scale.name))}
     own = work.numbers(unit.inputs[0])
-    real = unit.bias.real if unit.bias is not None else None
-    if unit.bias is not None and not (unit.real and real is not None):
+    real = _real_bias(work, unit)
+    if unit.bias is not None and real is None:
         fields["bias"] = work.constant(unit.bias.given)
     if real is not None:
-        number = work.constant(Given(real, real.name))
-        fields |= {"float_bias": number} if unit.real else {}
+        fields["float_bias"] = work.constant(Given(real, real.name))
     if unit.real:
         rank = len(work.region.site.shapes.shape(unit.outputs[0].name) or ())
         fields |= {"scale": work.scale(own.scale), "rank": rank, "like": work.origin[x], "index": work.result(unit.outputs[0])}
@@ -185,6 +184,22 @@ def _conv(work: Lowering, unit: Unit) -> None:
         to = work.numbers(unit.outputs[0])
         fields |= {"scale": work.scale(own.scale, to.scale), "mid_zero": to.zero, **work.bounds(unit), "out": work.output(unit, x)}
     work.add(p.CONV, **fields)
+
+
+def _real_bias(work: Lowering, unit: Unit) -> gs.Constant | None:
+    """What is added in float: only to float outputs, where the bias is float, or stands behind a MatMul that stays one.
+
+    onnxruntime makes a Gemm of MatMul and Add over two axes; over more it is MatMulIntegerToFloat, whose bias is float.
+    """
+    if unit.bias is None or not unit.real:
+        return None
+    node = unit.bias.dequantize
+    if node is None:
+        return unit.bias.real
+    value = constant(node.outputs[0])
+    if unit.node.op != "MatMul" or value is None or work.region.site.shapes.rank(unit.outputs[0].name) == 2:
+        return None
+    return work.region.site.names.constant(f"{unit.bias.given.tensor.name}_float", value.ravel())
 
 
 def _table(work: Lowering, unit: Unit) -> None:
