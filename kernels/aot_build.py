@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,11 @@ def _machine(arch: str, isa: str) -> Any:
     return target.create_target_machine(cpu=cpu, features=features, opt=3, reloc="pic", codemodel="small")
 
 
-def compile_module(texts: Iterable[str], arch: str, isa: str, exported: Sequence[str]) -> bytes:
-    """One object of IR modules, optimised as a whole for a rung; only `exported` names are visible outside."""
+def compile_module(texts: Iterable[str], arch: str, isa: str, exported: Collection[str], known: Collection[str]) -> bytes:
+    """One object of IR modules, optimised as a whole for a rung; only `exported` names are visible outside.
+
+    `known` are the names that other objects of the library define.
+    """
     import llvmlite.binding as llvm
 
     machine = _machine(arch, isa)
@@ -116,26 +119,14 @@ def compile_module(texts: Iterable[str], arch: str, isa: str, exported: Sequence
     for thing in [*module.functions, *module.global_variables]:
         if not thing.is_declaration and str(thing.linkage) != "Linkage.private":
             thing.linkage = "external" if thing.name in exported else "internal"
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
-    builder = llvm.create_pass_builder(machine, options)
-    builder_passes = builder.getModulePassManager()
-    builder_passes.run(module, builder)
-    _check_calls(module, isa)
-    made: bytes = machine.emit_object(module)
-    return made
-
-
-def _check_calls(module: Any, isa: str) -> None:
-    """Fail where Numba's error paths, or a function that is not in the C library, are still there after optimisation."""
-    known = ("graphopt_",)
-    bad = {
-        f.name
-        for f in module.functions
-        if f.is_declaration and not f.name.startswith("llvm.") and f.name not in IMPORTS and "__" not in f.name
-    }
-    bad = {name for name in bad if not name.startswith(known) or name.startswith("graphopt_exception_in_")}
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
+    declared = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
+    bad = declared - set(known) - IMPORTS
     if bad:
         raise BuildError(f"code for {isa} calls what a library without Python cannot have: {', '.join(sorted(bad))}")
+    made: bytes = machine.emit_object(module)
+    return made
 
 
 def build(output: Path, arch: str, places: Sequence[str]) -> None:
@@ -151,18 +142,22 @@ def build(output: Path, arch: str, places: Sequence[str]) -> None:
     chosen = families(places)
     rungs = [r for r in RUNGS[arch] if any(r in f.rungs for f in chosen)]
     steps = len(rungs) + 2
+    storage = "graphopt_storage"
+    register = customop.registration(chosen, rungs, "RegisterCustomOps", storage)
+    common = {e.name: e for e in [*customop.metadata(), register]}
+    exports: dict[str, list[Any]] = {}
+    for isa in rungs:
+        found = [e for f in chosen if isa in f.rungs for e in f.exports(isa)]
+        exports[isa] = [e for e in found if e.name.endswith(f"__{isa}")]
+        common |= {e.name: e for e in found if not e.name.endswith(f"__{isa}")}
+    known = {storage, *common, *(e.name for found in exports.values() for e in found)}
     objects = []
     for step, isa in enumerate(rungs):
         _progress(step, steps, f"compiling for {isa}")
-        exports = [e for f in chosen if isa in f.rungs for e in f.exports(isa)]
-        texts = _ir(exports)
-        objects.append(elf.read_object(compile_module(texts, arch, isa, [e.name for e in exports])))
-    _progress(len(rungs), steps, "compiling the registration")
-    storage = "graphopt_storage"
-    exports = [*customop.metadata(), customop.registration(chosen, rungs, "RegisterCustomOps", storage)]
-    texts = _ir(exports)
-    texts.append(f"@{storage} = global [{customop.storage_words(chosen)} x i64] zeroinitializer, align 64")
-    objects.append(elf.read_object(compile_module(texts, arch, "generic", [storage, *(e.name for e in exports)])))
+        objects.append(elf.read_object(compile_module(_ir(exports[isa]), arch, isa, {e.name for e in exports[isa]}, known)))
+    _progress(len(rungs), steps, "compiling what is the same for all")
+    texts = [*_ir(common.values()), f"@{storage} = global [{customop.storage_words(chosen)} x i64] zeroinitializer, align 64"]
+    objects.append(elf.read_object(compile_module(texts, arch, "generic", {storage, *common}, known)))
     _progress(len(rungs) + 1, steps, "linking")
     library, imports = linker.link(objects, ["RegisterCustomOps"], IMPORTS, output.name)
     output.write_bytes(library)

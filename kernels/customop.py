@@ -78,7 +78,8 @@ class Family(NamedTuple):
     """Operators that share their callbacks.
 
     `exports(isa)` are the C functions for an instruction set, among them `symbol(name, role, isa)` for every role of `ROLES`, in an
-    order in which each uses only symbols of those before it. `sources` are the files outside this package that the code is made of.
+    order in which each uses only symbols of those before it. An export whose name does not end in `__<isa>` is the same for
+    all, and is compiled once, for any CPU. `sources` are the files outside this package that the code is made of.
     """
 
     name: str

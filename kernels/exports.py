@@ -6,6 +6,7 @@ the name known to LLVM, so that `symaddr(name)` finds it; `graphopt.kernels.aot_
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ class Export(NamedTuple):
     void: bool = False
 
 
+_LOCK = threading.RLock()
 _BOUND: dict[str, Any] = {}  # compiled exports of this process by symbol; their code must outlive every caller
 
 
@@ -27,13 +29,14 @@ def bind(exports: Iterable[Export]) -> None:
     import llvmlite.binding as llvm
     from numba import cfunc, types
 
-    for export in exports:
-        if export.name in _BOUND:
-            continue
-        signature = (types.void if export.void else types.int64)(*[types.int64] * export.arguments)
-        made = cfunc(signature, cache=True, error_model="numpy", boundscheck=False)(export.function)
-        _BOUND[export.name] = made
-        llvm.add_symbol(export.name, made.address)
+    with _LOCK:
+        for export in exports:
+            if export.name in _BOUND:
+                continue
+            signature = (types.void if export.void else types.int64)(*[types.int64] * export.arguments)
+            made = cfunc(signature, cache=True, error_model="numpy", boundscheck=False)(export.function)
+            _BOUND[export.name] = made
+            llvm.add_symbol(export.name, made.address)
 
 
 def address(name: str) -> int:

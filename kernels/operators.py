@@ -6,5 +6,5 @@ from graphopt.kernels import engine, isa
 from graphopt.kernels.region import family
 from graphopt.kernels.specialise import package_sources
 
-REGION = family(engine.engine, tuple(isa.RUNGS), package_sources())
+REGION = family(engine.engine, tuple(isa.RUNGS), package_sources(), exports=engine.exports)
 """Int8Region0 ... Int8Region63."""

@@ -359,12 +359,23 @@ def _exports(name: str, made: Engine, isa: str, sources: tuple[str, ...]) -> lis
     return exports
 
 
-def family(make_engine: Callable[[str], Engine], rungs: Sequence[str], sources: Sequence[str], name: str = "region") -> Family:
+def family(
+    make_engine: Callable[[str], Engine],
+    rungs: Sequence[str],
+    sources: Sequence[str],
+    name: str = "region",
+    exports: Callable[[str], Sequence[Export]] | None = None,
+) -> Family:
     """Int8Region0 ... on an engine: `make_engine(isa)` gives its functions for each of these instruction sets.
 
     `sources` are the files that the engine is made of (`specialise.package_sources()`): cached code is bound to their content.
-    `name` tells engines apart that live in one process.
+    `name` tells engines apart that live in one process. `exports(isa)` are the C functions that the engine's functions call by
+    name; those without `__<isa>` in their names are the same for every instruction set.
     """
     operators = tuple(Operator(f"Int8Region{i}", (0,), (0,), variadic=True) for i in range(COUNT))
     files = tuple(sources)
-    return Family(name, operators, tuple(rungs), lambda isa: _exports(name, make_engine(isa), isa, files), files)
+
+    def all_exports(isa: str) -> list[Export]:
+        return [*(exports(isa) if exports else ()), *_exports(name, make_engine(isa), isa, files)]
+
+    return Family(name, operators, tuple(rungs), all_exports, files)

@@ -125,3 +125,16 @@ def engine(isa: str) -> Engine:
 
 
 FAMILY = family(engine, sorted({r for rungs in RUNGS.values() for r in rungs}), SOURCES, "toy")
+
+
+def _raising_create(plan: int, plan_len: int, scales: int, n_scales: int, consts: int, n_consts: int, err: int) -> int:
+    if plan_len > 3:
+        raise ValueError("no library can have this")
+    return plan
+
+
+def _raising(isa: str) -> Engine:
+    return engine(isa)._replace(create=specialise(_raising_create, isa, SOURCES=SOURCES))
+
+
+RAISING = family(_raising, ("amx",), SOURCES, "raising")
