@@ -239,6 +239,9 @@ class Neon(Quads):
             return b.xor(x, const(-128, x.type))
         return b.xor(x, const(0x80808080 - (1 << 32), I32))  # of the scalar: LLVM 22 hangs on the vector for some targets
 
+    def fma(self, b: Builder, x: Value, y: Value, z: Value) -> Value:
+        return super().fma(b, x, y, z) if self.isa.soft else lanewise(b, "fma", x, y, z)
+
     def add_quads(self, b: Builder, acc: Value, x: Value, w: Value) -> Value:
         if self.isa.soft:
             return b.call(local(b, "soft_sdot", [v.type for v in (acc, x, w)], self.i32, _soft_signed_quads), [acc, x, w])

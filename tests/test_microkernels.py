@@ -139,6 +139,49 @@ def test_special_instructions(rung: str, cpu: str, wanted: list[str]) -> None:
     assert "NRT_MemInfo" not in text
 
 
+# writes the IR of a rung's micro-kernels into a module of its own, and compiles that for ARM without Numba
+ARM = """
+import llvmlite.binding as llvm
+from llvmlite import ir
+from graphopt.kernels.dialects import dialect
+from graphopt.kernels.isa import RUNGS
+from graphopt.kernels.micro_conv import conv_tiles
+from graphopt.kernels.micro_depthwise import depthwise_chunk
+llvm.initialize_all_targets(); llvm.initialize_all_asmprinters()
+try:
+    target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
+except RuntimeError:
+    print("skip"); raise SystemExit(0) from None
+d = dialect(RUNGS[RUNG])
+module = ir.Module("kernels")
+module.triple = "aarch64-unknown-linux-gnu"
+class Context:
+    def get_dummy_value(self): return None
+made = [(conv_tiles(d, n, p), 4) for n, p in ((d.isa.gemm[0], 1), (1, 4))]
+made += [(depthwise_chunk(d, k, s, True), 6) for k in (3, 5) for s in (1, 2)]
+for i, (kernel, arity) in enumerate(made):
+    kind = ir.IntType(64)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [kind] * arity), name=f"entry{i}")
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    kernel._defn(None, *[kind] * arity)[1](Context(), b, None, function.args)
+    b.ret_void()
+machine = target.create_target_machine(cpu="generic", features=FEATURES, opt=2)
+print(machine.emit_assembly(llvm.parse_assembly(str(module))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("rung", "features", "wanted"), [("neon_dot", "+neon,+dotprod", ["sdot", "fmla"]), ("generic", "+neon", ["smull", "fcvtzs"])]
+)
+def test_arm(rung: str, features: str, wanted: list[str]) -> None:
+    text = _python(f"RUNG, FEATURES = {rung!r}, {features!r}\n" + ARM)
+    if text == "skip":
+        pytest.skip("this llvmlite has no ARM back end")
+    assert [name for name in wanted if name not in text] == []
+    called = {line.split()[1] for line in text.splitlines() if line.strip().startswith("bl\t")}
+    assert all(name.startswith("graphopt_") for name in called), called
+
+
 def test_detect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(isa.VARIABLE, raising=False)
     assert isa.detect() == HERE[0]
