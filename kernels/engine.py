@@ -7,11 +7,10 @@ run has one of its own, so runs may overlap), and then interpreted row by row. S
 from __future__ import annotations
 
 from functools import cache
-from types import FunctionType
 from typing import Any
 
-from graphopt.kernels import engine_bind, engine_check, engine_pack, engine_rows, engine_run, engine_state, packing
-from graphopt.kernels.abi import lock, stack64, unlock
+from graphopt.kernels import engine_bind, engine_check, engine_pack, engine_rows, engine_run, engine_state
+from graphopt.kernels.abi import lock, stack64, symaddr, unlock
 from graphopt.kernels.engine_bind import bind_arena, bind_bytes, bind_lives, bind_padding, bind_sizes
 from graphopt.kernels.engine_check import check_outputs, check_step
 from graphopt.kernels.engine_pack import pack_all, set_pitches
@@ -19,18 +18,28 @@ from graphopt.kernels.engine_rows import build_rows
 from graphopt.kernels.engine_state import (
     BOUND,
     H_ACTIVATIONS,
+    H_CHANNELS_BYTES,
+    H_CHUNK,
     H_CONSTANTS,
+    H_DEPTHWISE_BYTES,
     H_FREE,
     H_IDLE,
     H_LOCK,
+    H_MIN_ROW,
     H_OUTPUTS,
+    H_PACK_CHANNELS,
+    H_PACK_DEPTHWISE,
+    H_PACK_PANELS,
     H_PACKED,
+    H_PANEL_BYTES,
     H_RUNG,
     H_SCALES,
+    H_SIGNED,
     H_STEP_TABLE,
     H_STEPS,
     H_TENSOR_TABLE,
     H_TENSORS,
+    H_TILES,
     HANDLE,
     I_BATCH,
     I_HANDLE,
@@ -43,6 +52,7 @@ from graphopt.kernels.engine_state import (
     R_DIMS,
     R_RANK,
     R_TYPE,
+    RUNG,
     T_CHANNELS,
     T_ZERO,
     TENSOR_RECORD,
@@ -55,7 +65,6 @@ from graphopt.kernels.engine_state import (
 )
 from graphopt.kernels.exports import Export
 from graphopt.kernels.externs import extern, link
-from graphopt.kernels.isa import RUNGS
 from graphopt.kernels.memory import copy, fill, free, malloc, text
 from graphopt.kernels.microkernels import kernels
 from graphopt.kernels.plan import HEADER, MAGIC, MAX_CHANNELS, STEP, TENSOR, VERSION
@@ -136,14 +145,14 @@ def fill_handle(handle: int, plan: int, scales: int, n_scales: int, consts: int,
 
 
 def create_for(plan: int, plan_len: int, scales: int, n_scales: int, consts: int, n_consts: int, error: int, rung: int) -> int:
-    """As `create`; `rung` is the address of the five numbers from H_RUNG on."""
+    """As `create`; `rung` is the address of what stands from H_RUNG on."""
     if check_header(plan, plan_len, n_consts, error) == 0:
         return 0
     handle = malloc(8 * HANDLE)
     if handle == 0:
         return fail(error, text("no memory for the plan"), -1, plan_len)
     fill(handle, 0, 8 * HANDLE)
-    copy(handle + 8 * H_RUNG, rung, 40)
+    copy(handle + 8 * H_RUNG, rung, 8 * RUNG)
     if fill_handle(handle, plan, scales, n_scales, consts, n_consts, error) == 0:
         release_all(handle)
         free(handle)
@@ -276,42 +285,51 @@ def create(plan: int, plan_len: int, scales: int, n_scales: int, consts: int, n_
 
     plan: int64 [plan_len]; scales: float32 [n_scales]; consts: tensor records, whose data must outlive the handle.
     """
-    rung = stack64(8)
-    put(rung, 0, SIGNED)
-    put(rung, 1, PAIRS)
-    put(rung, 2, TILES)
-    put(rung, 3, MIN_ROW)
-    put(rung, 4, CHUNK)
+    rung = stack64(16)
+    put(rung, H_SIGNED - H_RUNG, SIGNED)
+    put(rung, H_TILES - H_RUNG, TILES)
+    put(rung, H_MIN_ROW - H_RUNG, MIN_ROW)
+    put(rung, H_CHUNK - H_RUNG, CHUNK)
+    put(rung, H_PACK_PANELS - H_RUNG, symaddr(PACK_PANELS))
+    put(rung, H_PANEL_BYTES - H_RUNG, symaddr(PANEL_BYTES))
+    put(rung, H_PACK_DEPTHWISE - H_RUNG, symaddr(PACK_DEPTHWISE))
+    put(rung, H_DEPTHWISE_BYTES - H_RUNG, symaddr(DEPTHWISE_BYTES))
+    put(rung, H_PACK_CHANNELS - H_RUNG, symaddr(PACK_CHANNELS))
+    put(rung, H_CHANNELS_BYTES - H_RUNG, symaddr(CHANNELS_BYTES))
     return create_for(plan, plan_len, scales, n_scales, consts, n_consts, error, rung)
 
 
-# what the rung asks for
-SIGNED, PAIRS, TILES, MIN_ROW, CHUNK = 0, 0, 0, 0, 0
+# what the rung asks for: numbers, and the symbols of its packers
+SIGNED, TILES, MIN_ROW, CHUNK = 0, 0, 0, 0
+PACK_PANELS, PANEL_BYTES, PACK_DEPTHWISE, DEPTHWISE_BYTES, PACK_CHANNELS, CHANNELS_BYTES = "", "", "", "", "", ""
 
 COMMON = (
     check_header, copy_plan, check_constants, fill_handle, create_for, destroy_instance, destroy, bind, same_shapes, take_idle, acquire,
     release, output_shape, output_type,
 )  # fmt: skip
-PACKERS = tuple(f for f in vars(packing).values() if isinstance(f, FunctionType) and f.__module__ == packing.__name__)
+PACKERS = {"pack_panels": 4, "panel_bytes": 1, "pack_depthwise": 4, "depthwise_bytes": 2, "pack_channels": 3, "channels_bytes": 1}
 
 
 @cache
 def common() -> tuple[list[Export], dict[str, Any]]:
     """What is the same for every rung: checking, packing, laying out memory."""
     modules = (engine_state, engine_check, engine_pack, engine_bind, engine_rows)
-    return link([*PACKERS, *(t for m in modules for t in m.TEMPLATES), *COMMON], "", {})
+    return link([*(t for m in modules for t in m.TEMPLATES), *COMMON], "", {})
 
 
 @cache
 def _rung(isa: str) -> tuple[list[Export], dict[str, Any]]:
     """What is compiled for each rung: the kernels and the steps."""
     found = kernels(isa)
-    sizes = {"SIGNED": found.comp_adjust, "MIN_ROW": found.dw_min_row}
-    sizes |= {"PAIRS": int(RUNGS[isa].weight_bytes == 128), "TILES": int(found.conv_amx is not None), "CHUNK": found.chunk}
+    sizes: dict[str, Any] = {"SIGNED": found.comp_adjust, "TILES": int(found.conv_amx is not None)}
+    sizes |= {"MIN_ROW": found.dw_min_row, "CHUNK": found.chunk}
+    sizes |= {name.upper(): f"gk_{name}__{isa}" for name in PACKERS}
     parts = [Export(f"gk_conv__{isa}", found.conv.py_func, 3, True), Export(f"gk_gemv__{isa}", found.gemv.py_func, 3, True)]
     parts.append(Export(f"gk_depthwise__{isa}", found.depthwise.py_func, 3, True))
     if found.conv_amx is not None:
         parts.append(Export(f"gk_conv_amx__{isa}", found.conv_amx.py_func, 4, True))
+    for name, count in PACKERS.items():
+        parts.append(Export(f"gk_{name}__{isa}", getattr(found, name).py_func, count, name.startswith("pack")))
     scope = {**common()[1], **sizes, "BODY": f"gk_rows_body__{isa}"}
     scope |= {name: extern(f"gk_{name}__{isa}", 3, True) for name in ("conv", "gemv", "depthwise")}
     scope["conv_amx"] = extern(f"gk_conv_amx__{isa}", 4, True)

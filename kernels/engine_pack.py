@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from graphopt.kernels.abi import call1, call2, call3, call4
 from graphopt.kernels.engine_check import elements, weight_of
 from graphopt.kernels.engine_state import (
-    H_PAIRS,
+    H_CHANNELS_BYTES,
+    H_DEPTHWISE_BYTES,
+    H_PACK_CHANNELS,
+    H_PACK_DEPTHWISE,
+    H_PACK_PANELS,
+    H_PANEL_BYTES,
     H_SIGNED,
     H_STEPS,
     H_TENSORS,
@@ -26,16 +32,6 @@ from graphopt.kernels.engine_state import (
     tensor_at,
 )
 from graphopt.kernels.memory import copy, fill, free, ld32, ldf, lds8, malloc, st32, stf, stu8
-from graphopt.kernels.packing import (
-    channels_bytes,
-    depthwise_bytes_pairs,
-    depthwise_bytes_quads,
-    pack_channels,
-    pack_depthwise_pairs,
-    pack_depthwise_quads,
-    pack_panels_pairs,
-    pack_panels_quads,
-)
 from graphopt.kernels.plan import CONV, IOHW, KN
 
 # a packed convolution: how it runs, and one part for each group and each phase of a transposed one
@@ -139,7 +135,7 @@ def pack_part(handle: int, s: int, part: int, per: int, outs: int) -> int:
     panels = (get(part, S_CHANNELS) + 15) // 16
     width = groups * 4
     offsets = own(handle, groups * 12)
-    weights = own(handle, panels * panel_bytes(handle, groups) + 256)
+    weights = own(handle, panels * call1(get(handle, H_PANEL_BYTES), groups) + 256)
     wk = malloc(panels * 16 * width + 64)
     if wk == 0 or offsets == 0 or weights == 0:
         free(wk)
@@ -150,9 +146,9 @@ def pack_part(handle: int, s: int, part: int, per: int, outs: int) -> int:
     if count > 0:
         for g in range(count, groups):
             copy(offsets + 12 * g, offsets + 12 * (count - 1), 12)
-    pack_panels(handle, weights, wk, panels, groups)
+    call4(get(handle, H_PACK_PANELS), weights, wk, panels, groups)
     put(part, S_WEIGHTS, weights)
-    put(part, S_PANEL, panel_bytes(handle, groups))
+    put(part, S_PANEL, call1(get(handle, H_PANEL_BYTES), groups))
     put(part, S_GROUPS, groups)
     put(part, S_PANELS, panels)
     put(part, S_OFFSETS, offsets)
@@ -183,7 +179,7 @@ def pack_tiles(handle: int, s: int, part: int, per: int, outs: int, ordinary: bo
         return 0
     fill(wk, 0, panels * 16 * width)
     list_groups(handle, s, part, offsets, wk, width, 64, fused, per, outs)
-    pack_panels_quads(weights, wk, panels, count * 16)
+    call4(get(handle, H_PACK_PANELS), weights, wk, panels, count * 16)
     free(wk)
     put(part, S_TILE_WEIGHTS, weights)
     put(part, S_TILE_PANEL, count * 1024)
@@ -234,30 +230,6 @@ def put_multiplier(handle: int, s: int, oc: int, target: int) -> None:
     stf(target, product if get(s, 3) < 0 else np.float32(product / scale_at(handle, get(s, 21) + 1)))
 
 
-def panel_bytes(handle: int, groups: int) -> int:
-    return groups * (128 if get(handle, H_PAIRS) != 0 else 64)
-
-
-def pack_panels(handle: int, target: int, source: int, panels: int, groups: int) -> None:
-    if get(handle, H_PAIRS) != 0:
-        pack_panels_pairs(target, source, panels, groups)
-    else:
-        pack_panels_quads(target, source, panels, groups)
-
-
-def depthwise_bytes(handle: int, channels: int, kernel: int) -> int:
-    if get(handle, H_PAIRS) != 0:
-        return depthwise_bytes_pairs(channels, kernel)
-    return depthwise_bytes_quads(channels, kernel)
-
-
-def pack_depthwise(handle: int, target: int, source: int, channels: int, kernel: int) -> None:
-    if get(handle, H_PAIRS) != 0:
-        pack_depthwise_pairs(target, source, channels, kernel)
-    else:
-        pack_depthwise_quads(target, source, channels, kernel)
-
-
 def pack_depthwise_step(handle: int, s: int, packed: int, fast: bool) -> int:
     """Depthwise weights for the general kernel, and for the fast one where it fits."""
     taps = get(s, 7) * get(s, 8)
@@ -293,13 +265,14 @@ def pack_depthwise_step(handle: int, s: int, packed: int, fast: bool) -> int:
     if not fast:
         return 1
     k = get(s, 7)
-    weights = own(handle, depthwise_bytes(handle, pitch, k) + 256)
-    comp_laid, scale_laid = own(handle, channels_bytes(pitch) + 256), own(handle, channels_bytes(pitch) + 256)
+    weights = own(handle, call2(get(handle, H_DEPTHWISE_BYTES), pitch, k) + 256)
+    size = call1(get(handle, H_CHANNELS_BYTES), pitch) + 256
+    comp_laid, scale_laid = own(handle, size), own(handle, size)
     if weights == 0 or comp_laid == 0 or scale_laid == 0:
         return 0
-    pack_depthwise(handle, weights, rows, pitch, k)
-    pack_channels(comp_laid, comp, pitch)
-    pack_channels(scale_laid, scale, pitch)
+    call4(get(handle, H_PACK_DEPTHWISE), weights, rows, pitch, k)
+    call3(get(handle, H_PACK_CHANNELS), comp_laid, comp, pitch)
+    call3(get(handle, H_PACK_CHANNELS), scale_laid, scale, pitch)
     put(packed, P_WEIGHTS, weights)
     put(packed, P_COMP, comp_laid)
     put(packed, P_SCALE, scale_laid)
@@ -398,7 +371,6 @@ def pack_all(handle: int, steps: int, packed: int) -> int:
 
 TEMPLATES = (
     tap_reach, take_tap, list_groups, put_offset, pack_part, pack_tiles, pack_numbers, zero_of, bias_of, put_multiplier,
-    panel_bytes, pack_panels, depthwise_bytes, pack_depthwise,
     pack_depthwise_step, depthwise_variant, pack_step, weight_channels,
     set_pitches,
     pack_all,

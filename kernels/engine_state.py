@@ -25,13 +25,21 @@ H_PACKED = 9  # int64 [steps]: address of the step's packed record, or 0
 H_LOCK = 10
 H_FREE = 11  # linked list of idle instances
 H_IDLE = 12  # how many of them
-H_RUNG = 13  # int64 [5] from here on: what the rung of instruction sets asks for
+H_RUNG = 13  # int64 [RUNG] from here on: what the rung of instruction sets asks for
 H_SIGNED = 13  # added to comp for each unit of weight: 128 where the dot product takes signed bytes
-H_PAIRS = 14  # weights are packed as pairs of int16, not as quads of s8
-H_TILES = 15  # there are matrix tiles (AMX)
-H_MIN_ROW = 16  # bytes that an output row of the fast depthwise kernel must have
-H_CHUNK = 17  # bytes of its chunks
-HANDLE = 20
+H_TILES = 14  # there are matrix tiles (AMX)
+H_MIN_ROW = 15  # bytes that an output row of the fast depthwise kernel must have
+H_CHUNK = 16  # bytes of its chunks
+H_PACK_PANELS, H_PANEL_BYTES, H_PACK_DEPTHWISE, H_DEPTHWISE_BYTES, H_PACK_CHANNELS, H_CHANNELS_BYTES = (
+    17,
+    18,
+    19,
+    20,
+    21,
+    22,
+)  # code
+RUNG = 10
+HANDLE = 24
 
 T_CHANNELS = 0
 T_ZERO = 1

@@ -19,9 +19,6 @@ RUNGS: dict[str, tuple[str, ...]] = {
 """Instruction sets that code can be written for, best first, by architecture."""
 
 
-_OWN = ("abi", "cpu", "customop", "exports", "ortapi", "region", "specialise", "text")  # modules whose functions are compiled
-
-
 def package_sources() -> tuple[str, ...]:
     """All source files of this package: what an engine that lives in it may be made of."""
     return tuple(str(path) for path in sorted(Path(__file__).parent.glob("*.py")))
@@ -29,12 +26,12 @@ def package_sources() -> tuple[str, ...]:
 
 @cache
 def digest(*sources: str) -> str:
-    """Hash of the runtime's sources, of other source files, and of what compiles them: what cached code must depend on."""
+    """Hash of the sources of this package, of other source files, and of what compiles them: what cached code must depend on."""
     import llvmlite
     import numba
 
     found = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
-    for path in [*(Path(__file__).with_name(f"{name}.py") for name in _OWN), *map(Path, sources)]:
+    for path in map(Path, sorted({*package_sources(), *sources})):
         found.update(path.name.encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 
@@ -43,8 +40,8 @@ def clone(template: Callable[..., Any], name: str, **scope: Any) -> Callable[...
     """A copy of a Python function under another name, with these globals in place of, or beside, its module's.
 
     Numba finds cached code by source file, qualified name and line, and looks for changes in that one file only. The copy's
-    qualified name therefore has the digest of the runtime and of the files in `SOURCES` of the scope: code compiled from others
-    is never found.
+    qualified name therefore has the digest of this package and of the files in `SOURCES` of the scope: code compiled from
+    others is never found.
     """
     assert isinstance(template, FunctionType)
     made = FunctionType(template.__code__, {**template.__globals__, **scope}, name, template.__defaults__, template.__closure__)
@@ -54,7 +51,7 @@ def clone(template: Callable[..., Any], name: str, **scope: Any) -> Callable[...
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Decorator: an njit function that raises nothing, cached for as long as no source of the runtime changes."""
+    """Decorator: an njit function that raises nothing, cached for as long as no source of this package changes."""
     from numba import njit
 
     function.__qualname__ = f"k{digest()[:12]}_{function.__name__}"
@@ -64,7 +61,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 def specialise(template: Callable[..., Any], isa: str, **scope: Any) -> Any:
     """`template` as a compiled function for one rung, named `<template>__<isa>`; `scope` gives it the rung's kernels.
 
-    `SOURCES` in the scope are the files, besides the runtime, that the compiled code is made of.
+    `SOURCES` in the scope are the files, besides this package, that the compiled code is made of.
     """
     from numba import njit
 
