@@ -36,20 +36,16 @@ class Library(NamedTuple):
 def _environment(machine: str) -> dict[str, str]:
     """An environment in which Numba generates plain IR that depends on nothing of this machine."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "GRAPHOPT_"))}
-    paths = [str(Path(__file__).resolve().parent.parent), *(p for p in sys.path if p)]
-    return (
-        kept
-        | {
-            "NUMBA_CPU_NAME": "x86-64",
-            "NUMBA_CPU_FEATURES": "",
-            "NUMBA_OPT": "0",  # optimised later, for each instruction set
-            "NUMBA_LOOP_VECTORIZE": "0",
-            "NUMBA_SLP_VECTORIZE": "0",
-            "NUMBA_DISABLE_INTEL_SVML": "1",
-            "GRAPHOPT_MACHINE": machine,
-            "PYTHONPATH": os.pathsep.join(paths[1:]),
-        }
-    )
+    return kept | {
+        "NUMBA_CPU_NAME": "x86-64",
+        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_OPT": "0",  # optimised later, for each instruction set
+        "NUMBA_LOOP_VECTORIZE": "0",
+        "NUMBA_SLP_VECTORIZE": "0",
+        "NUMBA_DISABLE_INTEL_SVML": "1",
+        "GRAPHOPT_MACHINE": machine,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
 
 
 def build_library(

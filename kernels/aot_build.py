@@ -8,6 +8,7 @@ Progress goes to stdout, one JSON object a line.
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
@@ -54,7 +55,7 @@ def _wrapper(name: str, numba_name: str, arguments: int, void: bool) -> str:
     back = "ret void" if void else "%v = load i64, ptr %r\n  ret i64 %v"
     return f"""
 declare i32 @"{numba_name}"(ptr, ptr{", i64" * arguments})
-declare void @"graphopt_exception_in_{name}"()
+declare void @"graphopt_exception_in_{name}"(ptr)
 define {result} @"{name}"({parameters}) {{
   %r = alloca i64
   %e = alloca ptr
@@ -63,7 +64,8 @@ define {result} @"{name}"({parameters}) {{
   %ok = icmp eq i32 %status, 0
   br i1 %ok, label %done, label %raised
 raised:
-  call void @"graphopt_exception_in_{name}"()
+  %x = load ptr, ptr %e
+  call void @"graphopt_exception_in_{name}"(ptr %x)
   unreachable
 done:
   {back}
@@ -124,9 +126,25 @@ def compile_module(texts: Iterable[str], arch: str, isa: str, exported: Collecti
     declared = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
     bad = declared - set(known) - IMPORTS
     if bad:
-        raise BuildError(f"code for {isa} calls what a library without Python cannot have: {', '.join(sorted(bad))}")
+        raise BuildError(
+            f"code for {isa} calls what a library without Python cannot have: {', '.join(sorted(bad))}; "
+            f"exceptions that the optimiser cannot rule out: {', '.join(_exceptions(str(module))) or 'none'}"
+        )
     made: bytes = machine.emit_object(module)
     return made
+
+
+def _exceptions(ir: str) -> list[str]:
+    """The exceptions that a module still holds as pickled constants, such as ValueError: range() arg 3 must not be zero."""
+    found = set()
+    for text in re.findall(r'^@\.const\.pickledata\S* = .* c"(.*?)"', ir, flags=re.M):
+        data = re.sub(rb"\\([0-9A-F]{2})", lambda code: bytes([int(code.group(1), 16)]), text.encode())
+        try:
+            kind, arguments, *_ = pickle.loads(data)  # written by Numba, in this process
+        except (pickle.UnpicklingError, ValueError, EOFError, TypeError):
+            continue  # its checksum
+        found.add(f"{kind.__name__}: {', '.join(map(str, arguments or ()))}")
+    return sorted(found)
 
 
 def build(output: Path, arch: str, places: Sequence[str]) -> None:
