@@ -151,8 +151,8 @@ QOPS: Mapping[str, QOp] = {
     "MatMul": QOp({0: ACTIVATION, 1: WEIGHT}, axis=lambda node: 1, heavy=True, misfit=_matmul_misfit),
     "Add": QOp(others=ACTIVATION, misfit=_binary_misfit),
     "Mul": QOp(others=ACTIVATION, misfit=_binary_misfit),
-    "Sigmoid": QOp(),
-    "LeakyRelu": QOp(),
+    **dict.fromkeys(("Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Gelu", "Elu", "LeakyRelu"), QOp()),
+    "ReduceMean": QOp(),
     "Softmax": QOp(),
     "AveragePool": QOp(),
     "GlobalAveragePool": QOp(),
@@ -207,9 +207,7 @@ def quantised_ops(model: Model) -> Counter[str]:
     >>> quantised_ops(load(onnx.parser.parse_model(text)))
     Counter({'QuantizeLinear': 1})
     """
-    return Counter(
-        op_key(n) for n in model.nodes() if n.op in _INTEGER or n.op.startswith(_PREFIXES) or n.domain == "graphopt"
-    )
+    return Counter(op_key(n) for n in model.nodes() if n.op in _INTEGER or n.op.startswith(_PREFIXES) or n.domain == "graphopt")
 
 
 def weight_value(node: gs.Node, index: int) -> np.ndarray | None:

@@ -39,6 +39,7 @@ class Lowering:
     loaded: dict[tuple[int, View], int] = field(default_factory=dict)
     origin: dict[int, int] = field(default_factory=dict)  # tensor of the plan -> an activation with its rows or batch
     tables: dict[bytes, int] = field(default_factory=dict)
+    functions: set[int] = field(default_factory=set)  # ids of the units that became tables
     results: list[gs.Tensor] = field(default_factory=list)
 
     def numbers(self, tensor: gs.Tensor) -> Numbers:
@@ -143,7 +144,7 @@ class Lowering:
         while stack:
             tensor = stack.pop()
             writer = self.writers.get(id(tensor))
-            if writer is not None and writer.kind == "table":
+            if writer is not None and id(writer) in self.functions:
                 chain[id(writer)] = writer
                 stack += writer.inputs
             else:
@@ -210,6 +211,7 @@ def _table(work: Lowering, unit: Unit) -> None:
 
 def _by_table(work: Lowering, unit: Unit, source: gs.Tensor, chain: list[Unit]) -> None:
     site = work.region.site
+    work.functions.add(id(unit))
     nodes = {id(n): n for u in chain for n in (*u.nodes, *u.helpers)}
     ordered = [n for n in work.region.graph.nodes if id(n) in nodes]
     own, to = work.numbers(source), work.numbers(unit.outputs[0])

@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.edit import producer
 from graphopt.errors import OptionError
+from graphopt.operands import operand
 from graphopt.quant import QOPS
 from graphopt.registry import suggest
 
@@ -146,10 +147,28 @@ _ORT_CPU: dict[str, Support] = {
     **_yes("Relu", "Clip", reason="absorbed: saturation of the quantised output does the same"),
     **_no("Softmax", reason="QLinearSoftmax takes 2-5x as long as float, and 8 bits are coarse for probabilities"),
     **_no("ConvTranspose", reason="no INT8 kernel, and its weights would be dequantised at every run"),
-    **_no("Sub", "Div", "Max", "Min", "Sum", "PRelu", "HardSigmoid", "HardSwish", "Tanh", "Erf", "Gelu", reason=_NO_KERNEL),
+    **_no("Sub", "Div", "Max", "Min", "Sum", "PRelu", "Elu", "HardSigmoid", "HardSwish", "Tanh", "Erf", "Gelu", reason=_NO_KERNEL),
     **_no("SpaceToDepth", "GlobalMaxPool", "ReduceMean", "LRN", "Einsum", reason=_NO_KERNEL),
     **_no("LayerNormalization", "InstanceNormalization", "BatchNormalization", reason="no INT8 kernel, and its sums need float"),
     **_no("LSTM", "GRU", "RNN", reason="onnxruntime quantises it only dynamically (DynamicQuantizeLSTM)"),
+}
+
+
+def _not_pixels(node: gs.Node) -> str:
+    """A region's mean is over all pixels of [N, C, H, W]."""
+    axes = operand(node, "axes", 1).integers()
+    return "" if axes is not None and sorted(axes) in ([2, 3], [-2, -1]) else "a mean over other axes than all pixels"
+
+
+_GRAPHOPT: dict[str, Support] = {
+    **_ORT_CPU,
+    "Conv": Support(True, "a step of a region: padding, requantisation, Relu and residual sums cost nothing; thin stems too"),
+    **_yes("ConvTranspose", reason="a step of a region, the zeros between its pixels left out"),
+    **_yes("Sigmoid", "LeakyRelu", reason="a table of 256 integers, in the step before it or as one pass over its bytes"),
+    **_yes(
+        "HardSigmoid", "HardSwish", "Tanh", "Gelu", "Elu", reason="a table of 256 integers, where onnxruntime has no INT8 kernel"
+    ),
+    "ReduceMean": Support(True, "pooling over all pixels", misfit=_not_pixels),
 }
 
 _BEHIND = "low-precision transformation moves the dequantisation behind it"
@@ -200,6 +219,19 @@ ORT_CPU_NO_VNNI = replace(
     dot_products=False,
     why={**ORT_CPU.why, "weight_bits": _SATURATES},
 )
+ORT_CPU_GRAPHOPT = replace(
+    ORT_CPU,
+    name="ort-cpu+graphopt",
+    summary="onnxruntime on any CPU with graphopt's library, which runs the regions that compile-int8 makes",
+    ops=_GRAPHOPT,
+    dot_products=False,
+    why={
+        **ORT_CPU.why,
+        "activation": "u8 x s8 is what the library multiplies, on every CPU",
+        "weight_bits": "the library adds in 32 bits on every CPU: no headroom needed",
+        "bias": "added to the int32 sum at scale input x weight",
+    },
+)
 OPENVINO = Target(
     "openvino",
     "OpenVINO on CPU",
@@ -233,7 +265,7 @@ TENSORRT = Target(
         "tables": "a Gather of int8 constants is not one of its quantised layers",
     },
 )
-BUILTIN: Mapping[str, Target] = {t.name: t for t in (ORT_CPU, ORT_CPU_NO_VNNI, OPENVINO, TENSORRT)}
+BUILTIN: Mapping[str, Target] = {t.name: t for t in (ORT_CPU, ORT_CPU_NO_VNNI, ORT_CPU_GRAPHOPT, OPENVINO, TENSORRT)}
 
 
 def targets() -> dict[str, Target]:

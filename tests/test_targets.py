@@ -169,5 +169,5 @@ def test_packaged_targets_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_targets_that_run_elsewhere_or_need_other_cpus_are_told_apart() -> None:
-    assert {name for name, t in BUILTIN.items() if t.onnxruntime} == {"ort-cpu", "ort-cpu-no-vnni"}
+    assert {name for name, t in BUILTIN.items() if t.onnxruntime} == {"ort-cpu", "ort-cpu-no-vnni", "ort-cpu+graphopt"}
     assert [name for name, t in BUILTIN.items() if t.dot_products] == ["ort-cpu"]
