@@ -19,7 +19,7 @@ from graphopt.kernels.specialise import OPTIONS, RUNGS
 
 TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
 IMPORTS = frozenset(
-    {"malloc", "free", "memcpy", "memmove", "memset", "getenv", "sched_yield", "getauxval"}
+    {"malloc", "calloc", "free", "memcpy", "memmove", "memset", "getenv", "sched_yield", "getauxval"}
     | {"expf", "exp", "lrintf", "fmaf", "tanhf", "erff", "roundevenf", "rintf", "floorf"}
 )
 """What a library may import: C and its mathematics. Anything else, Numba's and Python's error paths above all, fails the build."""

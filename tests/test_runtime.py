@@ -123,7 +123,12 @@ def test_old_onnxruntime() -> None:
     """RegisterCustomOps called as onnxruntime 1.16 would."""
     text = ctypes.create_string_buffer(b"1.16.3")
     messages: list[bytes] = []
-    create_status = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int, ctypes.c_char_p)(lambda _, m: messages.append(m) or 7)
+
+    def note(_: int, message: bytes) -> int:
+        messages.append(message)
+        return 7
+
+    create_status = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int, ctypes.c_char_p)(note)
     api = (ctypes.c_void_p * 300)(ctypes.cast(create_status, ctypes.c_void_p).value)
     get_api = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(lambda v: ctypes.addressof(api) if v == 1 else 0)
     get_version = ctypes.CFUNCTYPE(ctypes.c_int64)(lambda: ctypes.addressof(text))

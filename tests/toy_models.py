@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -27,7 +29,7 @@ def toy(
     for i in range(nodes):
         last = i == nodes - 1
         kinds = types if last else (1,)
-        attributes: dict[str, object] = {"plan": [0, 0, 0, 0, 1, int(parallel), *kinds] if plan is None else plan}
+        attributes: dict[str, Any] = {"plan": [0, 0, 0, 0, 1, int(parallel), *kinds] if plan is None else plan}
         if scales:
             attributes["scales"] = list(scales)
         outputs = [f"y{j}" for j in range(len(types))] if last else [f"t{i + 1}"]
