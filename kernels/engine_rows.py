@@ -400,6 +400,7 @@ def plain_row(handle: int, instance: int, s: int, code: int) -> int:
     put(row, 18, get(tensor_at(handle, get(s, 3)), T_ZERO))
     put(row, 19, get(tensor_at(handle, get(s, 1)), T_CHANNELS))
     put(row, 20, s)
+    put(row, 23, get(tensor_at(handle, get(s, 3)), T_CHANNELS))
     put(row, 21, get(handle, H_SCALES))
     if code == RUN_COPY and get(s, 4) >= 0:
         put(row, 22, get(constant_at(handle, get(s, 4)), R_DATA))

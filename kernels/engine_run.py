@@ -296,7 +296,7 @@ def copy_part(row: int, first: int, last: int) -> None:
     whole = (
         pixel == out_pixel and get(s, 11) == 1 and get(s, 18) == 1 and get(s, 5) == 0 and get(s, 19) == 0 and count == get(row, 19)
     )
-    whole = whole and count + 16 > out_pixel
+    whole = whole and count == get(row, 23)
     for line in range(first, last):
         i = line - get(s, 13)
         if i < 0 or i >= rows:
