@@ -18,9 +18,9 @@ from typing import Any
 from graphopt.kernels.specialise import OPTIONS, RUNGS
 
 TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
-IMPORTS = frozenset(
+_MATHEMATICS = frozenset({"expf", "exp", "lrintf", "fmaf", "tanhf", "erff", "roundevenf", "rintf", "floorf"})
+IMPORTS = _MATHEMATICS | frozenset(
     {"malloc", "calloc", "free", "memcpy", "memmove", "memset", "getenv", "sched_yield", "getauxval"}
-    | {"expf", "exp", "lrintf", "fmaf", "tanhf", "erff", "roundevenf", "rintf", "floorf"}
 )
 """What a library may import: C and its mathematics. Anything else, Numba's and Python's error paths above all, fails the build."""
 
@@ -177,7 +177,7 @@ def build(output: Path, arch: str, places: Sequence[str]) -> None:
     texts = [*_ir(common.values()), f"@{storage} = global [{customop.storage_words(chosen)} x i64] zeroinitializer, align 64"]
     objects.append(elf.read_object(compile_module(texts, arch, "generic", {storage, *common}, known)))
     _progress(len(rungs) + 1, steps, "linking")
-    library, imports = linker.link(objects, ["RegisterCustomOps"], IMPORTS, output.name)
+    library, imports = linker.link(objects, ["RegisterCustomOps"], IMPORTS, output.name, {"libm.so.6": _MATHEMATICS})
     output.write_bytes(library)
     _say(done=True, size=len(library), imports=imports, rungs=rungs)
 

@@ -7,7 +7,7 @@ that no object defines must be in an explicit list of imports, which the system'
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from graphopt.kernels.elf import AARCH64, NOBITS, LinkError, Object, Relocation, Section, Symbol
@@ -73,9 +73,13 @@ def _segment(kind: int, flags: int, start: int, file_end: int, memory_end: int, 
 
 
 def link(
-    objects: Sequence[Object], exports: Sequence[str], allowed: Collection[str], soname: str = "graphopt.so"
+    objects: Sequence[Object],
+    exports: Sequence[str],
+    allowed: Collection[str],
+    soname: str = "graphopt.so",
+    providers: Mapping[str, Collection[str]] = {},
 ) -> tuple[bytes, list[str]]:
-    """(the library, the names of its imports).
+    """(the library, the names of its imports). `providers` are libraries to load for some of the imports, by file name.
 
     Raises LinkError for a symbol that is neither defined nor allowed, an export that is not defined, an unknown relocation.
     """
@@ -96,14 +100,17 @@ def link(
     image.code = [s for s in sections if s.executable]
     image.read = [s for s in sections if not s.executable and not s.writable]
     image.data = sorted((s for s in sections if s.writable), key=lambda s: s.kind == NOBITS)
-    return _write(image, relocations, soname), [s.name for s in image.imports]
+    imports = [s.name for s in image.imports]
+    needed = [file for file, names_ in providers.items() if set(names_) & set(imports)]
+    return _write(image, relocations, soname, needed), imports
 
 
-def _write(image: _Image, relocations: Sequence[Relocation], soname: str) -> bytes:
+def _write(image: _Image, relocations: Sequence[Relocation], soname: str, needed: Sequence[str]) -> bytes:
     """Lay the image out, apply the relocations, and write the file."""
     page = 0x10000 if image.machine == AARCH64 else 0x1000  # AArch64 kernels may use pages of 64 KB
     dynamic_symbols = [*image.imports, *image.exports]
-    strings = b"\0" + b"".join(s.name.encode() + b"\0" for s in dynamic_symbols) + soname.encode() + b"\0"
+    strings = b"\0" + b"".join(s.name.encode() + b"\0" for s in dynamic_symbols)
+    strings += b"".join(name.encode() + b"\0" for name in (soname, *needed))
     hashes = _hash_table(len(dynamic_symbols) + 1)
     words = sum(r.kind == WORD[image.machine] for r in relocations) + len(image.got)
 
@@ -117,7 +124,8 @@ def _write(image: _Image, relocations: Sequence[Relocation], soname: str) -> byt
     image.stubs = {symbol: stubs_at + _STUB * i for i, symbol in enumerate(image.imports)}
     code_end = stubs_at + _STUB * len(image.imports)
     dynamic_at = _up(code_end, page)
-    tags = [(14, strings.index(b"\0" + soname.encode() + b"\0") + 1), (4, hash_at), (6, symbols_at), (5, strings_at)]
+    tags = [(1, strings.index(b"\0" + name.encode() + b"\0") + 1) for name in needed]
+    tags += [(14, strings.index(b"\0" + soname.encode() + b"\0") + 1), (4, hash_at), (6, symbols_at), (5, strings_at)]
     tags += [(10, len(strings)), (11, 24), (7, rela_at), (8, 24 * words), (9, 24), (30, 8), (0x6FFFFFFB, 1), (0, 0)]
     got_at = dynamic_at + 16 * len(tags)
     image.got = {symbol: got_at + 8 * i for i, symbol in enumerate(image.got)}

@@ -183,3 +183,11 @@ def test_linker_joins_objects(tmp_path: Path) -> None:
         linker.link([_object(_ONE), _object(_ONE)], ["f"], {"g", "data"})
     with pytest.raises(elf.LinkError, match="exports that are not defined: h"):
         linker.link([_object(_ONE), _object(_TWO)], ["h"], ())
+
+
+def test_linker_names_the_provider_of_an_import(tmp_path: Path) -> None:
+    one = _object("declare float @fmaf(float, float, float)\n@f = constant ptr @fmaf")
+    for providers, found in (({"libm.so.6": {"fmaf"}}, True), ({"libm.so.6": {"expf"}}, False)):
+        library, imports = linker.link([one], ["f"], {"fmaf"}, providers=providers)
+        assert imports == ["fmaf"]
+        assert (b"libm.so.6" in library) == found
