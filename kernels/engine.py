@@ -1,7 +1,7 @@
 """The engine that runs region plans: `engine(isa)` gives its functions, compiled for one rung of instruction sets.
 
-A plan is checked and packed once (`create`), laid out for the shapes it meets (`acquire`, which keeps a few instances for reuse: each
-run has one of its own, so runs may overlap), and then interpreted row by row. See `graphopt.kernels.plan` for what it computes.
+A plan is checked and packed once (`create`), laid out for the shapes it meets (`acquire`, which keeps a few instances for reuse:
+each run has one of its own, so runs may overlap), and then interpreted row by row. `graphopt.kernels.plan` says what it computes.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ from graphopt.kernels.engine_state import (
     own,
     put,
     release_all,
+    step_at,
+    within,
 )
 from graphopt.kernels.exports import Export
 from graphopt.kernels.externs import extern, link
@@ -71,6 +73,7 @@ from graphopt.kernels.plan import HEADER, MAGIC, MAX_CHANNELS, STEP, TENSOR, VER
 from graphopt.kernels.region import Engine
 
 MAX_TENSORS = 65536
+LARGEST = 1 << 31  # of the numbers in a step
 KEPT = 16  # idle instances that a handle keeps; more are freed
 
 
@@ -118,6 +121,15 @@ def copy_plan(handle: int, plan: int, scales: int, n_scales: int, consts: int, e
     return 1
 
 
+def check_numbers(handle: int, error: int) -> int:
+    """Every number of every step is small, so that sums and products of a few cannot overflow in later checks."""
+    for i in range(get(handle, H_STEPS)):
+        for slot in range(STEP):
+            if not within(get(step_at(handle, i), slot), -1, LARGEST):
+                return fail(error, text("a number is out of range"), i, slot)
+    return 1
+
+
 def check_constants(handle: int, constants: int, error: int) -> int:
     for i in range(constants):
         record = get(handle, H_CONSTANTS) + 8 * TENSOR_RECORD * i
@@ -127,7 +139,9 @@ def check_constants(handle: int, constants: int, error: int) -> int:
 
 
 def fill_handle(handle: int, plan: int, scales: int, n_scales: int, consts: int, n_consts: int, error: int) -> int:
-    if copy_plan(handle, plan, scales, n_scales, consts, error) == 0 or check_constants(handle, n_consts, error) == 0:
+    if copy_plan(handle, plan, scales, n_scales, consts, error) == 0:
+        return 0
+    if check_numbers(handle, error) == 0 or check_constants(handle, n_consts, error) == 0:
         return 0
     scratch = own(handle, 8 * (get(handle, H_OUTPUTS) + 8))
     if scratch == 0:
@@ -304,8 +318,8 @@ SIGNED, TILES, MIN_ROW, CHUNK = 0, 0, 0, 0
 PACK_PANELS, PANEL_BYTES, PACK_DEPTHWISE, DEPTHWISE_BYTES, PACK_CHANNELS, CHANNELS_BYTES = "", "", "", "", "", ""
 
 COMMON = (
-    check_header, copy_plan, check_constants, fill_handle, create_for, destroy_instance, destroy, bind, same_shapes, take_idle, acquire,
-    release, output_shape, output_type,
+    check_header, copy_plan, check_numbers, check_constants, fill_handle, create_for, destroy_instance, destroy, bind, same_shapes,
+    take_idle, acquire, release, output_shape, output_type,
 )  # fmt: skip
 PACKERS = {"pack_panels": 4, "panel_bytes": 1, "pack_depthwise": 4, "depthwise_bytes": 2, "pack_channels": 3, "channels_bytes": 1}
 

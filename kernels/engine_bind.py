@@ -297,7 +297,7 @@ def bind_lives(handle: int, instance: int) -> None:
     for i in range(get(handle, H_STEPS)):
         s = step_at(handle, i)
         kind = get(s, 0)
-        for slot in (1, 2, 3):
+        for slot in range(1, 4):
             tensor = get(s, slot)
             used = slot != 2 or kind == CONV or kind == BINARY
             used = used and not (slot == 1 and kind == INPUT) and not (slot == 3 and kind == OUTPUT)

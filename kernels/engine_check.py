@@ -1,7 +1,7 @@
 """Whether a region plan can be run: every index, size and number in it is looked at before any memory is laid out by it.
 
-Nothing in a plan is trusted: it comes out of a file. After `check` every tensor, constant and scale that a step names exists and fits,
-and no accumulator can overflow.
+Nothing in a plan is trusted: it comes out of a file. After the checks all tensors, constants and scales that a step names exist
+and fit, and no accumulator can overflow.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def weight_shape(handle: int, s: int, record: int, dims: int) -> bool:
 
 
 def weight_of(s: int, data: int, oc: int, ic: int, per: int, outs: int, tap: int) -> int:
-    """One weight by output channel, input channel within its group and tap; `per`: input channels of a group, `outs`: all outputs."""
+    """One weight by output channel, input channel within its group, and tap; `per`: inputs of a group, `outs`: all outputs."""
     taps = get(s, 7) * get(s, 8)
     order = get(s, 18)
     if order == KN:

@@ -94,7 +94,7 @@ def list_groups(
             continue
         if fused:
             run = get(s, 8) * pitch
-            for start in range(0, run, unit):
+            for start in range(0, run, max(1, unit)):
                 if offsets != 0:
                     put_offset(offsets, count, dy, 0, start)
                     for kw in range(get(s, 8)):
@@ -110,7 +110,7 @@ def list_groups(
             dx = tap_reach(s, get(part, S_PHASE_X), kw, False)
             if dx == -(1 << 30):
                 continue
-            for start in range(0, per, unit):
+            for start in range(0, per, max(1, unit)):
                 if offsets != 0:
                     put_offset(offsets, count, dy, dx, get(part, S_FIRST_IN) + start)
                     span = min(unit, per - start)
@@ -335,7 +335,7 @@ def weight_channels(handle: int, s: int, outputs: bool) -> int:
 
 
 def set_pitches(handle: int) -> None:
-    """Bytes between pixels: 1 or 4 for the few channels of an input, else a multiple of 16 (with room for the last group's vectors)."""
+    """Bytes between pixels: 1 or 4 for the few channels of an input, else a multiple of 16 (with room for the last vectors)."""
     for t in range(get(handle, H_TENSORS)):
         tensor = tensor_at(handle, t)
         channels = get(tensor, T_CHANNELS)

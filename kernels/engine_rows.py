@@ -116,9 +116,8 @@ from graphopt.kernels.memory import fill, ld32, st32, text
 from graphopt.kernels.plan import BINARY, CONV, COPY, INPUT, IOHW, OUTPUT, POOL
 
 # slot 0 of a row
-(RUN_CONV, RUN_TILES, RUN_DEPTHWISE, RUN_ANY_DEPTHWISE, RUN_BORDER, RUN_INPUT, RUN_OUTPUT, RUN_POOL, RUN_BINARY, RUN_COPY, RUN_FILL) = (
-    1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
-)  # fmt: skip
+RUN_CONV, RUN_TILES, RUN_DEPTHWISE, RUN_ANY_DEPTHWISE, RUN_BORDER, RUN_INPUT = 1, 2, 3, 4, 5, 6
+RUN_OUTPUT, RUN_POOL, RUN_BINARY, RUN_COPY, RUN_FILL = 7, 8, 9, 10, 11
 ROW_INDEX = 28  # the node's input or output that the row reads or writes, or -1
 ROW_STEP = 29  # bytes of one image of it
 ROW_WORK = 30  # how much there is to do, in about a nanosecond each
@@ -279,7 +278,7 @@ def conv_target(handle: int, instance: int, s: int, row: int, part: int, pixels:
 
 
 def tile_row(handle: int, instance: int, s: int, row: int, part: int, rows: int, columns: int, pitches: int) -> int:
-    """Turn a dense row into one for tiles of 16 pixels that follow each other in memory; lanes past the image go to the arena's front."""
+    """Turn a dense row into one for tiles of 16 pixels that follow each other in memory; stray lanes write to the arena's front."""
     x = size_at(instance, get(s, 1))
     turned = get(s, 18) == IOHW
     down, right = (1, 1) if turned else (get(s, 9), get(s, 10))

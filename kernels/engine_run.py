@@ -329,7 +329,7 @@ def run_part(row: int, memory: int, first: int, last: int) -> None:
         depthwise(row, first, last)
     elif code == RUN_TILES:
         if TILES:
-            scratch = stack64(2048)
+            scratch = stack64(3072)  # of the soft tiles; the real ones take half
             conv_amx(row, first, last, scratch)
     elif code == RUN_BORDER:
         border_part(row)

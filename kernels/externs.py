@@ -1,7 +1,7 @@
 """Calls between compiled functions through symbols, so that each is compiled once and by itself.
 
-Numba links a function's callees into it and optimises all of them again; a deep call graph then takes minutes. Templates linked here call
-each other as C functions would, by name; the ahead-of-time build resolves the names within one module.
+Numba links a function's callees into it and optimises all of them again; a deep call graph then takes minutes. Templates linked
+here call each other as C functions would, by name; the ahead-of-time build resolves the names within one module.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def gemv(S: int, n0: int, n1: int) -> None:
 
 def conv(S: int, m0: int, m1: int) -> None:
     """Blocks of pixels, each run through all panels, in groups of panels as equal as can be."""
-    panels, block = ld64(S + 8 * CONV_PANELS), ld64(S + 8 * CONV_BLOCK)
+    panels, block = ld64(S + 8 * CONV_PANELS), max(1, ld64(S + 8 * CONV_BLOCK))  # a step of range() that may be 0 can raise
     if ld64(S + 8 * CONV_M) == 1:
         if m0 < m1:
             gemv_panels(S, 0, panels)

@@ -38,7 +38,9 @@ def _records(arrays: Sequence[np.ndarray]) -> np.ndarray:
     records = np.zeros((max(len(arrays), 1), TENSOR_RECORD), np.int64)
     for record, array in zip(records, arrays, strict=False):
         if array.dtype not in _TYPES or array.ndim > 8:
-            raise ValueError(f"an array of {array.dtype} with {array.ndim} axes: expected float32, uint8, int8 or int32, up to 8 axes")
+            raise ValueError(
+                f"an array of {array.dtype} with {array.ndim} axes: expected float32, uint8, int8, int32, up to 8 axes"
+            )
         record[:3] = array.ctypes.data, array.ndim, _TYPES[array.dtype]
         record[3 : 3 + array.ndim] = array.shape
     return records

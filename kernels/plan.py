@@ -1,8 +1,8 @@
 """Region plans: an INT8 part of a graph as a flat list of integers and one of floats, which the compiled engine runs.
 
-A plan says what to compute, not how: it knows no shapes but those of weights, no addresses, no instruction set. The engine packs the
-weights for the CPU it finds, and lays out memory for the shapes it is given. Plans are stored in the model, as the attributes `plan`
-(int64s) and `scales` (float32s) of a node `graphopt.Int8Region<n>`, whose inputs are the activations followed by the constants.
+A plan says what to compute, not how: it knows no shapes but those of weights, no addresses, no instruction set. The engine packs
+the weights for the CPU it finds, and lays out memory for the shapes it is given. Plans are stored in the model, as the attributes
+`plan` (int64s) and `scales` (float32s) of a node `graphopt.Int8Region<n>`, whose inputs are the activations, then the constants.
 
     header   8 slots: MAGIC, VERSION, tensors, steps, activations, outputs, constants, 0
     tensors  2 slots each: channels, zero point
@@ -90,9 +90,9 @@ SLOTS: Mapping[int, Mapping[str, int]] = {
     POOL: {"x": 1, "out": 3, "op": 4, **_WINDOW, "include_pad": 17, "ceil": 18, "scale": 21},
     # `scale`: ra, rb, fx of ADD; ratio of MUL. An input of 1 x 1 pixels is used for every pixel
     BINARY: {"x": 1, "y": 2, "out": 3, "op": 4, "scale": 21, "low": 23, "high": 24},
-    # channels [c0, c0 + count) of pixels (h0 + i * hs, w0 + j * ws), each repeated rh x rw times, go behind pt rows and pl columns of
-    # zero point to channel `offset` of `out`; hn, wn: how many rows and columns, -1: to the end. `fill`: `out` is set to its zero
-    # point first; needed where padding or unwritten channels are left
+    # channels [c0, c0 + count) of pixels (h0 + i * hs, w0 + j * ws), each repeated rh x rw times, go to channel `offset` of `out`,
+    # behind pt rows and pl columns of zero point; hn, wn: how many rows and columns, -1: to the end. `fill`: `out` is set to its
+    # zero point first; needed where padding or unwritten channels are left
     COPY: {
         "x": 1,
         "out": 3,

@@ -16,7 +16,7 @@ def _saturate(values: np.ndarray, low: int = 0, high: int = 255) -> np.ndarray:
 
 
 def fma(a: np.ndarray, b: np.float32, c: np.ndarray | np.float32) -> np.ndarray:
-    """float32 fused multiply-add of u8 values: the product is exact in float64, so one rounding remains (to within double rounding)."""
+    """float32 fused multiply-add of u8 values: the product is exact in float64, so (nearly always) one rounding remains."""
     return (np.asarray(a, np.float64) * np.float64(b) + np.asarray(c, np.float64)).astype(F)
 
 
@@ -74,7 +74,7 @@ def _size(size: int, pads: int, kernel: int, dilation: int, stride: int) -> int:
 
 
 def oihw(s: p.Step, weight: np.ndarray) -> np.ndarray:
-    """Weights as [OC, IC / groups, KH, KW]; those of a transposed convolution are turned, as the ordinary one over its input needs."""
+    """Weights as [OC, IC / groups, KH, KW]; a transposed convolution's are turned for the ordinary one over its input."""
     if s.order == p.KN:
         return weight.T[:, :, None, None]
     if s.order == p.OIHW:
