@@ -97,7 +97,7 @@ def _takes(conv: Draft, total: Draft, own: str, other: str, scales: list[float])
     """Turn the sum into the convolution with its residual; False where that would round otherwise."""
     first = total.fields["scale"]
     ra, rb, fx = (F(v) for v in scales[first : first + 3])
-    if own == "y":  # the step adds its own part first, the operator its first input
+    if own == "y":  # the convolution would add its own part first, the sum adds x first
         found = _swapped(ra, rb, fx)
         if found is None:
             return False

@@ -229,14 +229,23 @@ def _by_table(work: Lowering, unit: Unit, source: gs.Tensor, chain: list[Unit]) 
     work.add(p.COPY, x=x, out=work.output(unit, x), table=number, count=work.tensors[x].channels)
 
 
+def sum_scales(first: Numbers, second: Numbers, out: Numbers) -> tuple[np.float32, np.float32, np.float32]:
+    """ra, rb, fx of a sum whose x is the operator's second input and y its first, as onnxruntime's MLAS adds and rounds them:
+
+    fma(first, r1, fma(second, r2, zero - fma(r1, z1, r2 * z2))). Other orders differ in a few of a million pairs.
+    """
+    r1, r2 = F(first.scale) / F(out.scale), F(second.scale) / F(out.scale)
+    offset = F(np.float64(r1) * first.zero + np.float64(r2 * F(second.zero)))
+    return r2, r1, F(out.zero) - offset
+
+
 def _sum(work: Lowering, unit: Unit) -> None:
     found = work.root(unit)
     if found is not None:
         return _by_table(work, unit, *found)
-    x, y = work.input(unit, 0), work.input(unit, 1)
-    a, b, c = (work.numbers(t) for t in (*unit.inputs, unit.outputs[0]))
-    ra, rb = F(a.scale) / F(c.scale), F(b.scale) / F(c.scale)
-    fx = F(c.zero) - (ra * F(a.zero) + rb * F(b.zero))
+    y, x = work.input(unit, 0), work.input(unit, 1)  # onnxruntime adds the second input first; the step adds x first
+    first, second, out = (work.numbers(t) for t in (*unit.inputs, unit.outputs[0]))
+    ra, rb, fx = sum_scales(first, second, out)
     fields = {"x": x, "y": y, "op": p.ADD, "scale": work.scale(ra, rb, fx), **work.bounds(unit), "out": work.output(unit, x)}
     work.add(p.BINARY, **fields).same = _one_pixel(work, unit, 0) == _one_pixel(work, unit, 1)
 

@@ -15,7 +15,10 @@ from region_cases import Graph, compiled, feed, judge, plan_of, regions, session
 from graphopt.api import optimize
 from graphopt.errors import PassError
 from graphopt.kernels import plan as p
+from graphopt.kernels import reference_plan
 from graphopt.model import from_proto, load
+from graphopt.region_lower import sum_scales
+from graphopt.region_values import Numbers
 from graphopt.registry import find
 
 Build = Callable[[Graph], str]
@@ -107,6 +110,22 @@ def test_limits_are_folded_into_the_step_before_them() -> None:
     model = judge(g.model(g.q(c, 0.0731, 100)), most=0.0732)  # onnxruntime computes this one in float
     (conv,) = [s for s in plan_of(regions(model)[0]).steps if s.kind == p.CONV]
     assert (conv.low, conv.high) == (86, 182)
+
+
+def test_sums_are_onnxruntimes_for_every_pair_of_integers() -> None:
+    random = np.random.default_rng(3)
+    a, b = (v.astype(np.uint8) for v in np.meshgrid(np.arange(256), np.arange(256), indexing="ij"))
+    for _ in range(20):
+        g = Graph()
+        scales, zeros = np.exp(random.uniform(-4, -2, 3)).astype(np.float32), random.integers(0, 256, 3)
+        numbers = [(float(s), int(z)) for s, z in zip(scales, zeros, strict=True)]
+        x, y = (g.input(256, 256, name=n, kind=TensorProto.UINT8) for n in ("x", "y"))
+        total = g.op("Add", g.dequantized(x, *numbers[0]), g.dequantized(y, *numbers[1]))
+        out = g.quantized(total, *numbers[2])
+        (wanted,) = session(g.model(out, kinds={out: TensorProto.UINT8})).run(None, {"x": a, "y": b})
+        ra, rb, fx = sum_scales(*(Numbers(s, z, False) for s, z in numbers))
+        inner = reference_plan.fma(b, ra, fx)
+        np.testing.assert_array_equal(np.clip(np.rint(reference_plan.fma(a, rb, inner)), 0, 255), wanted)
 
 
 def test_a_sum_of_what_others_read_too_is_a_step() -> None:
