@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from graphopt.errors import PassError as PassError
     from graphopt.model import Model as Model
     from graphopt.model import load as load
-    from graphopt.registry import register as register
+    from graphopt.operators import register as register
+    from graphopt.operators import session as session
 
 _HOMES = {
     "Context": "graphopt.context",
@@ -33,7 +34,8 @@ _HOMES = {
     "bisect": "graphopt.api",
     "load": "graphopt.model",
     "optimize": "graphopt.api",
-    "register": "graphopt.registry",
+    "register": "graphopt.operators",
+    "session": "graphopt.operators",
 }
 __all__ = list(_HOMES)
 

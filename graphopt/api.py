@@ -14,7 +14,7 @@ import onnx
 from graphopt import emit
 from graphopt.context import Context, Progress
 from graphopt.errors import CheckError, ModelError, OptionError
-from graphopt.model import Model, from_proto, load
+from graphopt.model import OWN, Model, from_proto, load
 from graphopt.pipeline import Hook, Step, StepResult, from_toml, parse, run, to_text
 
 if TYPE_CHECKING:
@@ -72,6 +72,21 @@ class Result:
             raise self.failure
         return emit.save(self.model, path, overwrite=overwrite)
 
+    def save_library(
+        self, folder: str | Path, *, target: str | None = None, overwrite: bool = False, progress: Progress = _silent
+    ) -> Path:
+        """Write graphopt's operators as a library beside the model, for "x86-64" or "aarch64" (default: this machine's).
+
+        Takes up to a minute the first time on a machine. The identical file is left as it is. Raises GraphoptError.
+        """
+        from graphopt.library import build, check_library, library_target, write_library
+
+        chosen = library_target(target)
+        content = build(chosen, progress)
+        path = check_library(Path(folder), chosen, content, overwrite=overwrite)
+        write_library(path, content)
+        return path
+
     def __repr__(self) -> str:
         failed = f", failed: {self.failure}" if self.failure is not None else ""
         return f"Result({len(self.model.nodes())} nodes, pipeline {self.report.pipeline!r}{failed})"
@@ -93,7 +108,9 @@ class _Costs:
         from graphopt.report import PassRow, RejectionRow
 
         if result.changes:
-            self.last = figures(model, self.context)
+            found = figures(model, self.context)
+            compiled = found[1] is None and any(n.domain == OWN for n in model.nodes())
+            self.last = (found[0], self.last[1], found[2]) if compiled else found  # a region multiplies what its nodes did
         self.rows.append(
             PassRow(
                 name=result.name,

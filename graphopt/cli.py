@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from graphopt.cli_compiled import prepare_library
+from graphopt.cli_compiled import run as run_command
 from graphopt.errors import CheckError, GraphoptError, ModelError, OptionError
 
 if TYPE_CHECKING:
@@ -44,15 +46,27 @@ def cli() -> None:
 @click.option("--print-after", metavar="PASS", help="Print the graph after this pass, or after 'all' that changed something.")
 @click.option("--dump-after", type=_PATH, metavar="DIR", help="Save the model after every pass that changed something.")
 @click.option("--plugin", type=_PATH, multiple=True, help="A Python file that registers passes; may be repeated.")
+@click.option("--library-target", type=click.Choice(["x86-64", "aarch64"]), help="CPU of the library. Default: this machine's.")
+@click.option("--no-library", is_flag=True, help="With compile-int8: write only the model, not the library that runs its regions.")
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure latency and peak memory of both models.")
 @click.option("--overwrite", is_flag=True, help="Replace existing output files.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every pass and what it left alone, and why.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @_JSON
 def optimize(
-    model: Path, output: Path | None, report: Path | None, quiet: bool, verbose: bool, as_json: bool, **given: Any
+    model: Path,
+    output: Path | None,
+    report: Path | None,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+    no_library: bool,
+    library_target: str | None,
+    **given: Any,
 ) -> None:
     """Optimise MODEL and write the result, with a table of what was gained and lost.
+
+    With compile-int8 the library that runs its regions is written beside it as graphopt-ops-<platform>.so.
 
     Exit codes: 0 done, 1 user error, 2 a check failed (the result is then kept aside as OUT.failed.onnx).
     """
@@ -66,7 +80,10 @@ def optimize(
     with _progress(not quiet) as progress:
         settings = _settings(given, as_json or quiet, progress)
         result = optimize_with(model, settings)
-    _write(result, target, report, overwrite)
+        library = None
+        if result.failure is None and not no_library:
+            library = prepare_library(result, target.parent, library_target, overwrite, progress)
+    _write(result, target, report, overwrite, library)
     if as_json:
         click.echo(result.report.model_dump_json(indent=2))
     elif not quiet:
@@ -146,8 +163,9 @@ def _preset(name: str) -> str:
     return name
 
 
-def _write(result: Result, target: Path, report: Path | None, overwrite: bool) -> None:
+def _write(result: Result, target: Path, report: Path | None, overwrite: bool, library: tuple[Path, bytes] | None = None) -> None:
     from graphopt import emit
+    from graphopt.library import write_library
 
     if result.failure is not None:
         kept = emit.aside(target)
@@ -156,6 +174,11 @@ def _write(result: Result, target: Path, report: Path | None, overwrite: bool) -
     files = result.save(target, overwrite=overwrite)
     size = sum(f.stat().st_size for f in files)
     result.report.after = result.report.after.model_copy(update={"path": str(target), "file_bytes": size})
+    if library is not None:
+        write_library(*library)
+        if result.report.operators is not None:
+            named = {"library": library[0].name, "library_bytes": len(library[1])}
+            result.report.operators = result.report.operators.model_copy(update=named)
     if report is not None:
         emit.write_text(report, result.report.model_dump_json(indent=2) + "\n", overwrite=overwrite)
 
@@ -315,6 +338,9 @@ def demo(output: Path, overwrite: bool) -> None:
     with _progress(True) as progress:
         stages = run_demo(output, overwrite=overwrite, progress=progress)
     show_demo(stages)
+
+
+cli.add_command(run_command)
 
 
 def _echo_json(value: Any) -> None:

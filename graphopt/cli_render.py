@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from graphopt.cli_compiled import region_lines
+
 if TYPE_CHECKING:
     from graphopt.compare import OutputDifference
     from graphopt.demo import Stage
@@ -126,6 +128,8 @@ def show_report(report: Report, *, verbose: bool) -> None:
         )
     _print_table(console, figures_table(["original", "optimised"], [report.before, report.after]))
     _print_measured(console, report)
+    for line in region_lines(report):
+        console.print(escape(line))
     for warning in report.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
     console.print(f"written: {escape(str(report.after.path))}")

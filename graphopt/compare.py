@@ -123,7 +123,7 @@ def first_difference(
     names = [n for n in writers if n in typed_a and n in typed_b]
     if not names:
         return None
-    first, second = (session(_expose(m, names), optimize=False) for m in (a, b))
+    first, second = (session(_expose(m, names), optimize=False, operators=False) for m in (a, b))
     pairs = ((run(first, feed, names), run(second, feed, names)) for feed in feeds)
     for row in differences(names, pairs):
         if not row.relative <= tolerance:

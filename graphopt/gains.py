@@ -21,8 +21,9 @@ from graphopt.errors import DataError, ModelError
 from graphopt.feeds import row_count
 from graphopt.measure import Latency, cpu_features, latency, peak_memory
 from graphopt.model import Model
+from graphopt.operators import DOMAIN, choose, regions
 from graphopt.registry import find
-from graphopt.report import Environment, LatencyRow, ModelRow, OutputRow, QualityRow, Report
+from graphopt.report import Environment, LatencyRow, ModelRow, OperatorsRow, OutputRow, QualityRow, Report
 from graphopt.runtime import Feed, run, runnable, session
 from graphopt.targets import find_target
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 COMPARE_ROWS = 64  # rows on which outputs are compared
 GENERATED_ROWS = 2  # the same where no data was given
 SLOWER = 0.97  # a ratio of latencies under this is called slower: above, it is within the machine's noise
-_DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
+DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 _FLOAT_COMPUTE = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
 
 
@@ -91,6 +92,7 @@ def measure_gains(
             settings.progress("measure latency and memory", 0, 0)
             _speed(report, contents, original, evaluation or calibration)
     report.warnings += _unmeasured(report)
+    _operators(report, work)
     if find_target(settings.target).onnxruntime:
         report.warnings += _kernels_that_ran(work)
 
@@ -110,7 +112,7 @@ def _unmeasured(report: Report) -> list[str]:
         said.append(
             f"latency and memory are onnxruntime's on this CPU; they say nothing about {target.name}, where the model is to run"
         )
-    if quantized and target.dot_products and features and not _DOT_PRODUCTS & set(features):
+    if quantized and target.dot_products and features and not DOT_PRODUCTS & set(features):
         said.append(f"this CPU has no INT8 dot products, which {target.name} relies on: here, give --target ort-cpu-no-vnni")
     return said
 
@@ -219,8 +221,23 @@ def _latency_row(row: Latency) -> LatencyRow:
     return LatencyRow(p50_ms=row.p50_ms, p95_ms=row.p95_ms, runs=row.runs, batch=row.batch, threads=row.threads)
 
 
+def _operators(report: Report, model: Model) -> None:
+    """What runs the regions of the result here."""
+    import onnxruntime as ort
+
+    if not any(n.domain == DOMAIN for n in model.nodes()):
+        return
+    proto = model.proto()
+    found = regions(proto)
+    how = choose(ort.SessionOptions(), proto, None, fallback=True)
+    nodes = sum(r.nodes for r in found)
+    report.operators = OperatorsRow(regions=len(found), nodes=nodes, ran=str(how), rung=how.rung)
+    if how.kind == "functions":
+        report.warnings.append(f"the regions were measured as onnxruntime's own INT8, not with graphopt's operators: {how.reason}")
+
+
 def _kernels_that_ran(model: Model) -> list[str]:
-    """Warnings about nodes that were quantised and that onnxruntime nevertheless runs in float."""
+    """Warnings about nodes that were quantised and that onnxruntime nevertheless runs in float; regions run in INT8."""
     if not any(n.op == "DequantizeLinear" for n in model.nodes()):
         return []
     import onnxruntime as ort
@@ -231,6 +248,7 @@ def _kernels_that_ran(model: Model) -> list[str]:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         # the layout transformation of the highest level hides what ran; INT8 fusion happens before it
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        choose(options, content, None, fallback=True)
         try:
             ort.InferenceSession(content if isinstance(content, bytes) else str(content), options, ["CPUExecutionProvider"])
             graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph

@@ -23,6 +23,10 @@ PRESETS: dict[str, Preset] = {
     "cleanup": Preset(CLEANUP, "exact simplification: fewer nodes, the same outputs", repeat=True),
     "fold": Preset(FOLD, "cleanup, and per-channel scales folded into the weights", repeat=True),
     "int8": Preset("fold, quantize", "fold, then INT8 (needs calibration data)"),
+    "int8-compiled": Preset(
+        "fold, quantize, compile-int8",
+        "the same, and INT8 regions compiled for graphopt's library (give --target ort-cpu+graphopt)",
+    ),
     "prune": Preset(
         "fold, prune-channels macs=0.8 scope=global, cleanup",
         "fold, then the least important channels removed until 80 % of the MACs stay",

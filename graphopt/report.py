@@ -85,6 +85,17 @@ class OutputRow(_Row):
     argmax_agreement: float | None
 
 
+class OperatorsRow(_Row):
+    """graphopt's operators in the result, and the library written beside it."""
+
+    regions: int = Field(description="nodes that run with graphopt's operators")
+    nodes: int = Field(description="INT8 nodes of the original that they replace")
+    ran: str = Field(description="how they ran for the figures of this report")
+    rung: str = Field(description="the instruction set; empty where onnxruntime ran the functions in the model instead")
+    library: str | None = Field(default=None, description="name of the library beside the model")
+    library_bytes: int | None = None
+
+
 class Environment(_Row):
     """What the figures were measured with."""
 
@@ -115,6 +126,7 @@ class Report(BaseModel):
     speedup: float | None = Field(default=None, description="median of paired latency ratios; below 1 the result is slower")
     quality: QualityRow | None = None
     outputs: list[OutputRow] = Field(default_factory=list)
+    operators: OperatorsRow | None = Field(default=None, description="null: the result has no regions")
     compared_on: str | None = Field(default=None, description="the rows on which `outputs` were compared")
     checked_passes: int = Field(default=0, description="exact passes whose outputs were compared before and after (--check)")
     warnings: list[str] = Field(default_factory=list)

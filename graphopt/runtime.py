@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from graphopt.errors import ModelError
+from graphopt.operators import choose
 
 if TYPE_CHECKING:
     from graphopt.model import Model
@@ -25,9 +26,13 @@ def session(
     threads: int = 1,
     optimize: bool = True,
     external: Path | None = None,
+    operators: bool = True,
 ) -> Any:
     """A CPU InferenceSession. `optimize=False` runs the graph as written; `external` is where the external weights lie of a model
     given as bytes. Raises ModelError where onnxruntime refuses it.
+
+    graphopt's regions run with graphopt's operators, so that what is measured is the real thing; where those cannot be had, or with
+    `operators=False`, onnxruntime runs the functions that say the same.
     """
     import onnxruntime as ort
 
@@ -38,6 +43,8 @@ def session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if external is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external))
+    if operators:
+        choose(options, model, None, fallback=True)
     content = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
     content = str(content) if isinstance(content, Path) else content
     try:
