@@ -1,10 +1,11 @@
 """What the micro-kernels' skeletons leave open: how an instruction set multiplies u8 by s8, rounds, and packs int32 to u8.
 
-Two families of weights, chosen by `Dialect.pairs`:
+Two families of weights, chosen by `Dialect.pairs`, and a third for dense convolutions only (`Windows`):
 
 * quads: s8 [4] under each int32 lane, for instructions that add four products u8 x s8 (vpdpbusd, sdot);
 * pairs: int16 [2], for those that add two products of int16 (vpmaddwd). vpmaddubsw is faster, but it saturates. A dword of four
-  u8 is taken as its even and its odd bytes, so weights come as (w0, w2) and (w1, w3).
+  u8 is taken as its even and its odd bytes, so weights come as (w0, w2) and (w1, w3);
+* windows: s8 [4] for vpmaddubsw, whose taps are picked such that it cannot saturate (windows.py).
 
 `Dialect` itself is plain LLVM IR that compiles for any CPU.
 """
@@ -183,6 +184,24 @@ class X86(Dialect):
         return self.special(b, "packuswb", self.i8, *halves)
 
 
+class Windows(X86):
+    """AVX2: vpmaddubsw for dense convolutions, whose weights are made for it; vpmaddwd for others."""
+
+    def indices(self, b: Builder, dword: Value) -> Value:
+        """The operand of `pick` from four indices."""
+        return b.bitcast(splat(b, dword, self.lanes), self.i8)
+
+    def pick(self, b: Builder, address: Value, indices: Value) -> Value:
+        """Four bytes of the 16 at an address, in every lane."""
+        window = load(b, address, vector(I8, 16))
+        return call(b, "llvm.x86.avx2.pshuf.b", self.i8, [concat(b, [window, window]), indices])
+
+    def dot_safe(self, b: Builder, acc: Value, x: Value, w: Value) -> Value:
+        """acc + four products in each lane, of weights that cannot saturate."""
+        products = call(b, "llvm.x86.avx2.pmadd.ub.sw", self.i16, [x, w])
+        return b.add(acc, self.special(b, "pmaddwd", self.i32, products, const(1, self.i16)))
+
+
 class Quads(Dialect):
     """Skeleton methods of instruction sets with a dot product of four bytes; `add_quads` is theirs."""
 
@@ -283,4 +302,4 @@ def dialect(isa: Isa) -> Dialect:
     """The dialect of a rung."""
     if isa.name.startswith(("amx", "avx512vnni", "avxvnni")):
         return Vnni(isa)
-    return {"avx2": X86, "neon_dot": Neon, "neon_dot_soft": Neon, "generic": Dialect}[isa.name](isa)
+    return {"avx2": Windows, "neon_dot": Neon, "neon_dot_soft": Neon, "generic": Dialect}[isa.name](isa)

@@ -33,6 +33,8 @@ from graphopt.kernels.engine_state import (
 )
 from graphopt.kernels.memory import copy, fill, free, ld32, ldf, lds8, malloc, st32, stf, stu8
 from graphopt.kernels.plan import CONV, IOHW, KN
+from graphopt.kernels.windows import MOST_GROUPS, WINDOW, pack_windows
+from graphopt.kernels.windows import TEMPLATES as WINDOWS
 
 # a packed convolution: how it runs, and one part for each group and each phase of a transposed one
 P_VARIANT = 0
@@ -53,6 +55,8 @@ S_OFFSETS = 6  # int32 [groups][3]: rows, columns and bytes to go for each group
 S_PHASE_Y, S_PHASE_X = 7, 8
 S_FIRST_IN, S_FIRST_OUT, S_CHANNELS = 9, 10, 11  # channel ranges of a group
 S_BIAS = 12  # float32 [panels * 16], or 0
+S_FIRSTS = 17  # windows: int32 [panels + 1]; S_ENTRIES: int32 [groups][2]; S_OFFSETS is of windows then
+S_ENTRIES = 18
 S_TILE_WEIGHTS, S_TILE_PANEL, S_TILE_GROUPS, S_TILE_OFFSETS = 13, 14, 15, 16  # the same for tiles (AMX), 0 groups: not used
 PART = 20
 
@@ -129,6 +133,8 @@ def pack_part(handle: int, s: int, part: int, per: int, outs: int) -> int:
     """Weights, offsets, comp and scale of one part; 0 where memory runs out."""
     pitch = get(tensor_at(handle, get(s, 1)), T_PITCH)
     ordinary = get(s, 18) != IOHW and get(s, 17) == 1 and get(s, 12) == 1
+    if call1(get(handle, H_PANEL_BYTES), 1) == 0:
+        return pack_part_windows(handle, s, part, per, outs, ordinary and pitch < 16)
     fused = ordinary and pitch == 1
     count = list_groups(handle, s, part, 0, 0, 0, 4, fused, per, outs)
     groups = max(2, (count + 1) // 2 * 2)
@@ -156,6 +162,31 @@ def pack_part(handle: int, s: int, part: int, per: int, outs: int) -> int:
     free(wk)
     if get(handle, H_TILES) != 0 and done != 0:
         return pack_tiles(handle, s, part, per, outs, ordinary)
+    return done
+
+
+def pack_part_windows(handle: int, s: int, part: int, per: int, outs: int, fused: bool) -> int:
+    """As `pack_part`, where groups are picked from windows of 16 bytes."""
+    count = max(1, list_groups(handle, s, part, 0, 0, 0, WINDOW, fused, per, outs))
+    panels = (get(part, S_CHANNELS) + 15) // 16
+    width, most = count * WINDOW, count * MOST_GROUPS * panels
+    offsets, entries, firsts = own(handle, count * 12), own(handle, most * 8), own(handle, 4 * panels + 4)
+    weights = own(handle, most * 64 + 256)
+    wk = malloc(panels * 16 * width + 64)
+    if wk == 0 or offsets == 0 or entries == 0 or firsts == 0 or weights == 0:
+        free(wk)
+        return 0
+    fill(wk, 0, panels * 16 * width)
+    fill(offsets, 0, count * 12)
+    list_groups(handle, s, part, offsets, wk, width, WINDOW, fused, per, outs)
+    put(part, S_GROUPS, pack_windows(wk, count, panels, weights, entries, firsts))
+    put(part, S_WEIGHTS, weights)
+    put(part, S_PANELS, panels)
+    put(part, S_OFFSETS, offsets)
+    put(part, S_ENTRIES, entries)
+    put(part, S_FIRSTS, firsts)
+    done = pack_numbers(handle, s, part, wk, width)
+    free(wk)
     return done
 
 
@@ -370,8 +401,6 @@ def pack_all(handle: int, steps: int, packed: int) -> int:
 
 
 TEMPLATES = (
-    tap_reach, take_tap, list_groups, put_offset, pack_part, pack_tiles, pack_numbers, zero_of, bias_of, put_multiplier,
-    pack_depthwise_step, depthwise_variant, pack_step, weight_channels,
-    set_pitches,
-    pack_all,
+    *WINDOWS, tap_reach, take_tap, list_groups, put_offset, pack_part, pack_part_windows, pack_tiles, pack_numbers, zero_of,
+    bias_of, put_multiplier, pack_depthwise_step, depthwise_variant, pack_step, weight_channels, set_pitches, pack_all,
 )  # fmt: skip

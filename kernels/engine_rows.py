@@ -18,7 +18,9 @@ from graphopt.kernels.engine_pack import (
     S_BIAS,
     S_CHANNELS,
     S_COMP,
+    S_ENTRIES,
     S_FIRST_OUT,
+    S_FIRSTS,
     S_GROUPS,
     S_OFFSETS,
     S_PANEL,
@@ -71,6 +73,7 @@ from graphopt.kernels.layout import (
     CONV_BLOCK,
     CONV_CHANNELS,
     CONV_COMP,
+    CONV_FIRSTS,
     CONV_GROUPS,
     CONV_HIGH,
     CONV_INPUT,
@@ -219,6 +222,23 @@ def group_table(instance: int, offsets: int, count: int, row_bytes: int, pitch: 
     return table
 
 
+def entry_table(instance: int, part: int, row_bytes: int, pitch: int) -> int:
+    """As `group_table` for groups picked from windows: the offset of its window and the indices in it, of each group."""
+    count, entries = get(part, S_GROUPS), get(part, S_ENTRIES)
+    table = own(instance, 8 * count + 64)
+    if table != 0:
+        for g in range(count):
+            window = get(part, S_OFFSETS) + 12 * ld32(entries + 8 * g)
+            st32(table + 8 * g, ld32(window) * row_bytes + ld32(window + 4) * pitch + ld32(window + 8))
+            st32(table + 8 * g + 4, ld32(entries + 8 * g + 4))
+    return table
+
+
+def average_groups(part: int) -> int:
+    """Groups of 4 taps of one panel."""
+    return get(part, S_GROUPS) if get(part, S_FIRSTS) == 0 else max(1, get(part, S_GROUPS) // get(part, S_PANELS))
+
+
 def conv_row(handle: int, instance: int, s: int, part: int, pitches: int) -> int:
     """One dense part of a convolution; 0 where memory runs out."""
     x = size_at(instance, get(s, 1))
@@ -231,28 +251,33 @@ def conv_row(handle: int, instance: int, s: int, part: int, pitches: int) -> int
     put(pitches, 1, 0 if floats else get(tensor_at(handle, get(s, 3)), T_PITCH))
     put(pitches, 2, get(tensor_at(handle, get(s, 2)), T_PITCH) if get(s, 2) >= 0 else 0)
     row = new_row(instance, RUN_CONV)
-    table = group_table(instance, get(part, S_OFFSETS), get(part, S_GROUPS), get(x, B_ROW), get(pitches, 0))
+    if get(part, S_FIRSTS) != 0:
+        table = entry_table(instance, part, get(x, B_ROW), get(pitches, 0))
+    else:
+        table = group_table(instance, get(part, S_OFFSETS), get(part, S_GROUPS), get(x, B_ROW), get(pitches, 0))
     if row == 0 or table == 0 or conv_tables(instance, s, row, part, rows, columns, pitches) == 0:
         return 0
     turned = get(s, 18) == IOHW
     first = 0 if turned else get(s, 13) * get(x, B_ROW) + get(s, 14) * get(pitches, 0)
     put(row, CONV_INPUT, get(x, B_ORIGIN) - first)
     put(row, CONV_K, table)
-    put(row, CONV_GROUPS, get(part, S_GROUPS))
+    groups = average_groups(part)
+    put(row, CONV_GROUPS, groups)
+    put(row, CONV_FIRSTS, get(part, S_FIRSTS))
     put(row, CONV_WEIGHTS, get(part, S_WEIGHTS))
     put(row, CONV_PANEL, get(part, S_PANEL))
     put(row, CONV_COMP, get(part, S_COMP))
     put(row, CONV_SCALE, get(part, S_SCALE))
     put(row, CONV_M, rows * columns)
     put(row, CONV_PANELS, get(part, S_PANELS))
-    put(row, CONV_BLOCK, max(1, 196608 // (get(part, S_GROUPS) * 4) // PIXELS) * PIXELS)
+    put(row, CONV_BLOCK, max(1, 196608 // (groups * 4) // PIXELS) * PIXELS)
     put(row, CONV_BIAS, get(part, S_BIAS))
     put(row, CONV_CHANNELS, get(part, S_CHANNELS))
     put(row, CONV_LOW, get(s, 23))
     put(row, CONV_HIGH, get(s, 24))
     put(row, CONV_ZERO, get(s, 22))
     conv_target(handle, instance, s, row, part, rows * columns)
-    macs = rows * columns * get(part, S_GROUPS) * 4 * get(part, S_PANELS) * 16
+    macs = rows * columns * groups * 4 * get(part, S_PANELS) * 16
     put(row, ROW_WORK, macs // MACS_NS)
     put(row, ROW_UNITS, (rows * columns + PIXELS - 1) // PIXELS)
     near = get(instance, I_ARENA_SIZE) < 1 << 30 and (turned or get(s, 10) <= 2)
@@ -470,6 +495,6 @@ def build_rows(handle: int, instance: int, error: int) -> int:
 
 
 TEMPLATES = (
-    new_row, border_row, edge_row, conv_tables, group_table, conv_row, conv_target, tile_row, depthwise_row, put_image, plain_row,
-    fill_row, step_rows, build_rows,
+    new_row, border_row, edge_row, conv_tables, group_table, entry_table, average_groups, conv_row, conv_target, tile_row,
+    depthwise_row, put_image, plain_row, fill_row, step_rows, build_rows,
 )  # fmt: skip

@@ -21,7 +21,7 @@ class Isa:
     name: str
     lanes: int  # int32 lanes of a vector
     features: frozenset[str]
-    weight_bytes: int  # packed bytes of 16 channels x 4 taps
+    weight_bytes: int  # packed bytes of 16 channels x 4 taps of a dense convolution
     comp_adjust: int  # what comp must hold besides, as a multiple of a channel's sum of weights
     gemm: tuple[int, ...]  # pixels of a tile of 1, 2, ... panels; each divides layout.PIXELS
     soft: bool = False
@@ -30,6 +30,11 @@ class Isa:
     def chunk(self) -> int:
         """Bytes of a chunk of a depthwise row."""
         return 4 * self.lanes
+
+    @property
+    def windows(self) -> bool:
+        """Whether groups of taps are picked from windows of 16 input bytes (windows.py), by each panel for itself."""
+        return self.name == "avx2"
 
     @property
     def tiles(self) -> bool:
@@ -47,7 +52,7 @@ RUNGS: dict[str, Isa] = {
         Isa("amx", 16, _VNNI | {"amx-tile", "amx-int8"}, 64, 0, (8, 8, 8, 6)),
         Isa("avx512vnni", 16, _VNNI, 64, 0, (8, 8, 8, 6)),
         Isa("avxvnni", 8, _AVX2 | {"avxvnni"}, 64, 0, (6, 3)),
-        Isa("avx2", 8, _AVX2, 128, 0, (3, 2)),
+        Isa("avx2", 8, _AVX2, 64, 0, (4,)),
         Isa("neon_dot", 4, frozenset({"neon", "dotprod"}), 64, 128, (6,)),
         Isa("generic", 4, frozenset(), 128, 0, (2,)),
         Isa("amx_soft", 16, frozenset(), 64, 0, (8, 8, 8, 6), soft=True),

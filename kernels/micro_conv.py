@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt.kernels import layout
-from graphopt.kernels.dialects import Dialect
+from graphopt.kernels.dialects import Dialect, Windows
 from graphopt.kernels.vectors import (
     F32,
     I8,
@@ -178,17 +178,40 @@ def _accumulate(b: Builder, tile: Tile, pixel: Value, panels: int) -> list[Value
     return loop(b, const(0), tile.field(b, layout.CONV_GROUPS), turns, comp * tile.pixels, body)
 
 
-def conv_tiles(d: Dialect, pixels: int, panels: int) -> Any:
-    """void(S, panel, m0, m1): pixels m0, m0 + pixels, ... up to m1, of `panels` panels."""
+def _accumulate_windows(b: Builder, tile: Tile, d: Windows, pixel: Value) -> list[Value]:
+    """As `_accumulate`, of one panel (or its first half), whose groups are its own."""
+    table = scaled(b, tile.field(b, layout.CONV_PIXELS), pixel, 4)
+    base = tile.field(b, layout.CONV_INPUT)
+    inputs = [b.add(base, load_index(b, table, 4 * r)) for r in range(tile.pixels)]
+    weights, entries = tile.field(b, layout.CONV_WEIGHTS), tile.field(b, layout.CONV_K)
+    firsts = scaled(b, tile.field(b, layout.CONV_FIRSTS), tile.panel, 4)
+    comp = tile.channels(b, layout.CONV_COMP, d.i32)
+
+    def body(group: Value, acc: list[Value]) -> list[Value]:
+        entry, at = scaled(b, entries, group, 8), scaled(b, weights, group, 64)
+        offset, indices = load_index(b, entry), d.indices(b, load(b, entry, I32, 4))
+        w = [load(b, at, d.i8, 4 * d.lanes * j) for j in range(tile.vectors)]
+        for r, address in enumerate(inputs):
+            x = d.pick(b, b.add(address, offset), indices)
+            for j in range(tile.vectors):
+                acc[r * tile.vectors + j] = d.dot_safe(b, acc[r * tile.vectors + j], x, w[j])
+        return acc
+
+    return loop(b, load_index(b, firsts), load_index(b, firsts, 4), 1, comp * tile.pixels, body)
+
+
+def conv_tiles(d: Dialect, pixels: int, panels: int, half: bool = False) -> Any:
+    """void(S, panel, m0, m1): pixels m0, m0 + pixels, ... up to m1, of `panels` panels; `half`: of 8 channels."""
 
     def emit(b: Builder, row: Value, panel: Value, start: Value, stop: Value) -> None:
-        tile = Tile(d, row, panel, pixels, panels * 16 // d.lanes)
+        tile = Tile(d, row, panel, pixels, panels * (8 if half else 16) // d.lanes)
 
         def body(pixel: Value, _: list[Value]) -> list[Value]:
-            acc = _accumulate(b, tile, pixel, panels)
+            windows = isinstance(d, Windows)
+            acc = _accumulate_windows(b, tile, d, pixel) if windows else _accumulate(b, tile, pixel, panels)
             epilogue(b, tile, lambda r, j: acc[r * tile.vectors + j], pixel)
             return []
 
         loop(b, start, stop, pixels, [], body)
 
-    return procedure(f"graphopt_conv_{d.isa.name}_{pixels}x{panels}", 4, emit)
+    return procedure(f"graphopt_conv_{d.isa.name}_{pixels}x{panels}{'_half' * half}", 4, emit)

@@ -14,19 +14,20 @@ from graphopt.kernels import layout, micro_tiles, packing
 from graphopt.kernels.abi import ld64
 from graphopt.kernels.dialects import dialect
 from graphopt.kernels.isa import RUNGS, Isa
-from graphopt.kernels.layout import CONV_BLOCK, CONV_M, CONV_PANELS, DW_C, DW_INPUT, DW_KERNEL, DW_OW, DW_STRIDE
+from graphopt.kernels.layout import CONV_BLOCK, CONV_CHANNELS, CONV_M, CONV_PANELS, DW_C, DW_INPUT, DW_KERNEL, DW_OW, DW_STRIDE
 from graphopt.kernels.micro_conv import conv_tiles
 from graphopt.kernels.micro_depthwise import depthwise_chunk
 from graphopt.kernels.specialise import specialise
 
 # set per rung
-MOST, CHUNK = 1, 16
+MOST, CHUNK, ABREAST = 1, 16, 4
 tiles1: Any = None
 tiles2: Any = None
 tiles3: Any = None
 tiles4: Any = None
 single1: Any = None
 single4: Any = None
+half8: Any = None
 gemv_panels: Any = None
 begin: Any = None
 end: Any = None
@@ -51,7 +52,7 @@ class KernelSet(NamedTuple):
     conv_amx: Any  # (S, t0, t1, scratch): pairs of tiles; None where there are none
     depthwise: Any  # (S, c0, c1): chunks of the flat output row, of ceil(OW * C / chunk)
     pack_panels: Any  # (target, source s8 [panels * 16][groups * 4], panels, groups)
-    panel_bytes: Any  # (groups) -> bytes of one panel
+    panel_bytes: Any  # (groups) -> bytes of one panel; 0: weights come from windows.pack_windows instead
     pack_depthwise: Any  # (target, source s8 [C][k * k], C, k)
     depthwise_bytes: Any  # (C, k) -> bytes
     pack_channels: Any  # (target, source of 4-byte elements [C], C): comp and scale of a depthwise step
@@ -65,9 +66,9 @@ class KernelSet(NamedTuple):
 def gemv(S: int, n0: int, n1: int) -> None:
     """Panels [n0, n1) of the first pixel: weights are read once, four panels abreast."""
     n = n0
-    while n + 4 <= n1:
+    while n + ABREAST <= n1:
         single4(S, n, 0, 1)
-        n += 4
+        n += ABREAST
     while n < n1:
         single1(S, n, 0, 1)
         n += 1
@@ -96,6 +97,23 @@ def conv(S: int, m0: int, m1: int) -> None:
             else:
                 tiles1(S, n, start, stop)
             n += wide
+
+
+def conv_windows(S: int, m0: int, m1: int) -> None:
+    """As `conv`, panel by panel; a last panel of at most 8 channels is done by halves."""
+    panels, block = ld64(S + 8 * CONV_PANELS), ld64(S + 8 * CONV_BLOCK)
+    whole = panels
+    if ld64(S + 8 * CONV_M) > 1 and panels * 16 - ld64(S + 8 * CONV_CHANNELS) >= 8:
+        whole -= 1
+    for start in range(m0, m1, block):
+        stop = min(m1, start + block)
+        rest = (stop - start) % 4
+        tail = stop - rest if rest < 3 else stop
+        for n in range(whole):
+            tiles1(S, n, start, tail)
+            single1(S, n, tail, stop)
+        if whole < panels:
+            half8(S, whole, start, stop)
 
 
 def conv_amx(S: int, t0: int, t1: int, scratch: int) -> None:
@@ -170,6 +188,11 @@ def _packers(pairs: bool, lanes: int) -> dict[str, Any]:
 
 def _conv(isa: Isa) -> dict[str, Any]:
     d = dialect(isa)
+    if isa.windows:
+        one = conv_tiles(d, 1, 1)
+        scope = {"tiles1": conv_tiles(d, isa.gemm[0], 1), "single1": one, "half8": conv_tiles(d, 8, 1, True)}
+        vector = specialise(gemv, isa.name, single1=one, single4=one, ABREAST=1)
+        return {"gemv": vector, "conv": specialise(conv_windows, isa.name, **scope)}
     sizes = dict(enumerate(isa.gemm, 1))
     wide = {f"tiles{n}": conv_tiles(d, sizes[n], n) if n in sizes else None for n in (1, 2, 3, 4)}
     # a rung without some widths never asks for them, but its copy of the driver must compile
@@ -193,6 +216,10 @@ def _depthwise(isa: Isa) -> Any:
     return specialise(depthwise, isa.name, CHUNK=isa.chunk, **scope)
 
 
+def _no_panels(isa: Isa) -> dict[str, Any]:
+    return {"panel_bytes": specialise(packing.panel_bytes_windows, isa.name)} if isa.windows else {}
+
+
 @cache
 def kernels(name: str) -> KernelSet:
     """The kernels of a rung; nothing is compiled before it is called."""
@@ -208,5 +235,5 @@ def kernels(name: str) -> KernelSet:
         dw_min_row=isa.chunk,
         scratch=scratch,
         **_conv(isa),
-        **_packers(dialect(isa).pairs, isa.lanes),
+        **{**_packers(dialect(isa).pairs, isa.lanes), **_no_panels(isa)},
     )

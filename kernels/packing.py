@@ -26,6 +26,11 @@ def panel_bytes_pairs(groups: int) -> int:
     return groups * 128
 
 
+def panel_bytes_windows(groups: int) -> int:
+    """Nothing: each panel has groups of its own (windows.py)."""
+    return 0 * groups
+
+
 def pack_panels_quads(target: int, source: int, panels: int, groups: int) -> None:
     """s8 [panels * 16][groups * 4] -> s8 [panels][groups][16][4]."""
     for n in range(panels * 16):

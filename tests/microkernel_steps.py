@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from graphopt.kernels import layout, reference
+from graphopt.kernels import layout, reference, windows
 from graphopt.kernels.isa import RUNGS
 from graphopt.kernels.microkernels import KernelSet, kernels
+from graphopt.kernels.specialise import specialise
 
 Array = np.ndarray[Any, Any]
 
@@ -102,11 +104,38 @@ def expected_dense(case: Dense, data: dict[str, Array], offsets: Array, unit: in
     return clipped
 
 
+def _put_weights(ks: KernelSet, step: Step, w: Array, offsets: Array) -> None:
+    panels, groups = w.shape[0] // 16, w.shape[1] // 4
+    if not RUNGS[ks.isa].windows:
+        packed = aligned(ks.panel_bytes(groups) * panels)
+        ks.pack_panels(packed.ctypes.data, w.ctypes.data, panels, groups)
+        step.put(layout.CONV_WEIGHTS, packed)
+        step.put(layout.CONV_PANEL, ks.panel_bytes(groups))
+        return
+    most = len(offsets) * panels * windows.MOST_GROUPS
+    packed, entries, firsts = aligned(64 * most), np.zeros((most, 2), np.int32), np.zeros(panels + 1, np.int32)
+    addresses = (a.ctypes.data for a in (packed, entries, firsts))
+    assert pack_windows()(w.ctypes.data, len(offsets), panels, *addresses) == firsts[-1]
+    entries[:, 0] = offsets[entries[:, 0]]
+    step.put(layout.CONV_K, entries)
+    step.put(layout.CONV_FIRSTS, firsts)
+    step.put(layout.CONV_WEIGHTS, packed)
+
+
+@cache
+def pack_windows() -> Any:
+    """windows.pack_windows with its helpers, compiled."""
+    scope: dict[str, Any] = {}
+    for template in windows.TEMPLATES:
+        scope[template.__name__] = specialise(template, "test", **scope)
+    return scope["pack_windows"]
+
+
 def run_dense(rung: str, case: Dense, tiles: bool = False, split: int = 0) -> tuple[Array, Array]:
     """(what the kernel wrote, what it should have): u8 or float32 [M, N]."""
     ks, isa, data, step = kernels(rung), RUNGS[rung], dense_numbers(case), Step()
-    unit = 64 if tiles else 4
-    width = -(-case.k // unit) * unit if tiles else data["w"].shape[1]
+    unit = 64 if tiles else (16 if isa.windows else 4)
+    width = -(-case.k // unit) * unit if unit > 4 else data["w"].shape[1]
     w = np.zeros((data["w"].shape[0], max(width, data["w"].shape[1])), np.int8)
     w[:, : data["w"].shape[1]] = data["w"]
     data["w"] = w
@@ -127,10 +156,7 @@ def run_dense(rung: str, case: Dense, tiles: bool = False, split: int = 0) -> tu
     step.put(layout.CONV_PIXELS, table(data["pixels"], len(order)) if not tiles else offsets)
     step.put(layout.CONV_K, offsets)
     step.put(layout.CONV_GROUPS, groups)
-    packed = aligned(ks.panel_bytes(w.shape[1] // 4) * n // 16)
-    ks.pack_panels(packed.ctypes.data, w.ctypes.data, n // 16, w.shape[1] // 4)
-    step.put(layout.CONV_WEIGHTS, packed)
-    step.put(layout.CONV_PANEL, ks.panel_bytes(w.shape[1] // 4))
+    _put_weights(ks, step, w, offsets)
     out = np.full((case.m + 32, pitch), 99, np.uint8)
     step.put(layout.CONV_OUTPUT, out)
     step.put(layout.CONV_OUT_PIXELS, (order * pitch).astype(np.int32))

@@ -98,7 +98,7 @@ from graphopt.kernels.isa import detect
 from graphopt.kernels.microkernels import kernels
 from microkernel_steps import Dense, run_dense, run_depthwise
 run_dense(detect(), Dense(5, 8, 16)); run_depthwise(detect(), 64, 3, 1, 2, 2)
-for f in (kernels(detect()).conv, kernels(detect()).depthwise, kernels(detect()).pack_panels):
+for f in (kernels(detect()).conv, kernels(detect()).depthwise, kernels(detect()).pack_channels):
     print(sum(f.stats.cache_hits.values()), sum(f.stats.cache_misses.values()))
 """
 
