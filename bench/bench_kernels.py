@@ -130,7 +130,7 @@ def conv(n: int, c: int, h: int, w: int, oc: int, kernel: int, stride: int, grou
         ],
         [0.02, 1.0], 1, 1, 2,
     )  # fmt: skip
-    attributes = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [pad] * 4, "group": groups}
+    attributes: dict[str, Any] = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [pad] * 4, "group": groups}
     numbers = {"xs": np.float32(0.02), "xz": np.array(128, np.uint8), "w": weight, "ws": ws, "wz": np.zeros(oc, np.int8)}
     numbers["ys"] = np.float32(1)
     inputs = ["x", "xs", "xz", "w", "ws", "wz", "ys", "xz"]

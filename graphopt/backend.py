@@ -49,10 +49,10 @@ class GraphoptRep(BackendRep):
 
 
 def _without_arrays(model: onnx.ModelProto) -> str:
-    """The first element type of an input that numpy itself does not have (bfloat16, float8 ...), for which there is no feed."""
-    kinds = [
-        i.type.tensor_type.elem_type for i in model.graph.input if i.type.tensor_type.elem_type in helper.get_all_tensor_dtypes()
-    ]
+    """The first element type of an input or output that numpy itself lacks (bfloat16, float8 ...): there are no arrays of it."""
+    known = helper.get_all_tensor_dtypes()
+    infos = (*model.graph.input, *model.graph.output)
+    kinds = [i.type.tensor_type.elem_type for i in infos if i.type.tensor_type.elem_type in known]
     dtypes = [np.dtype(helper.tensor_dtype_to_np_dtype(kind)) for kind in kinds]
     return next((d.name for d in dtypes if d.isbuiltin != 1), "")
 
@@ -79,7 +79,7 @@ class GraphoptBackend(Backend):
             raise OptionError(f"graphopt.backend: prepare takes no options, found {', '.join(kwargs)}")
         strange = _without_arrays(model)
         if strange:
-            raise BackendIsNotSupposedToImplementIt(f"onnxruntime takes no arrays of {strange}")
+            raise BackendIsNotSupposedToImplementIt(f"onnxruntime takes and gives no arrays of {strange}")
         try:
             session(model)
             work = from_proto(model)

@@ -23,6 +23,7 @@ from graphopt.kernels.engine_state import (
     I_ARENA,
     I_ARENA_SIZE,
     I_BATCH,
+    I_IMAGES,
     I_OUT_SHAPES,
     I_SHAPES,
     R_DIMS,
@@ -94,6 +95,7 @@ def bind_input(handle: int, instance: int, s: int, i: int, error: int) -> int:
         if width == 0:
             batch, width = 0, 1
     else:
+        put(instance, I_IMAGES, 1)
         batch = get(shape, R_DIMS)
         first = 1 if layout == CHANNELS_LAST else 2
         if rank == 4:
@@ -207,6 +209,12 @@ def bind_output(handle: int, instance: int, s: int, i: int, error: int) -> int:
     put(shape, R_TYPE, FLOAT if floats else get(s, 4))
     if floats or get(s, 5) == ROWS:
         channels = get(s, 30) if floats else get(tensor_at(handle, tensor), T_CHANNELS)
+        if get(instance, I_IMAGES) == 1:
+            if rank != 2 or get(size, B_H) * get(size, B_W) != 1:
+                return fail(error, text("an output of rows has several pixels of each image"), i, get(size, B_W))
+            put(shape, R_DIMS, get(instance, I_BATCH))
+            put(shape, R_DIMS + 1, channels)
+            return 1
         if not leading_axes(instance, shape, rank, get(s, 29) if floats else get(s, 8), channels):
             return fail(error, text("an output has another rank than the activation it takes axes from"), i, rank)
         if get(instance, I_BATCH) > 0 and (get(size, B_H) != 1 or get(size, B_W) != row_count(instance, shape, rank)):

@@ -63,6 +63,7 @@ I_SIZES = 8  # int64 [tensors][BOUND]
 I_ARENA = 9
 I_ARENA_SIZE = 10
 I_ROOM = 11  # rows that fit
+I_IMAGES = 12  # 1 where an activation is images: outputs that are rows then have one row an image
 INSTANCE = 16
 
 B_H, B_W, B_TOP, B_LEFT, B_BOTTOM, B_RIGHT, B_ROW, B_SIZE, B_BORN, B_DIES, B_PLACE, B_ORIGIN = range(12)

@@ -14,7 +14,7 @@ from graphopt.kernels.engine_state import TENSOR_RECORD
 from graphopt.kernels.plan import FLOAT, INT8, INT32, UINT8, Plan
 
 _TYPES = {np.dtype(np.float32): FLOAT, np.dtype(np.uint8): UINT8, np.dtype(np.int8): INT8, np.dtype(np.int32): INT32}
-_DTYPES = {kind: dtype for dtype, kind in _TYPES.items()}
+_DTYPES: dict[int, Any] = {kind: dtype for dtype, kind in _TYPES.items()}
 _ARGUMENTS = {"create": 7, "destroy": 1, "acquire": 4, "output_shape": 3, "output_type": 2, "run": 4, "release": 1}
 _LOCK = threading.Lock()
 
@@ -22,9 +22,10 @@ _LOCK = threading.Lock()
 @cache
 def _functions(isa: str) -> dict[str, Any]:
     """The engine's functions for one rung as ctypes functions, which release the GIL; compiled on the first call."""
-    from graphopt.kernels import engine, exports
+    from graphopt.kernels import engine, exports, warm
+    from graphopt.kernels.runtime import FAMILIES
 
-    with _LOCK:
+    with _LOCK, warm.helped(isa, FAMILIES):
         exports.bind(engine.exports(isa))
     found = {}
     for name, count in _ARGUMENTS.items():

@@ -40,7 +40,7 @@ def _input(s: p.Step, plan: p.Plan, array: np.ndarray) -> np.ndarray:
 
 def _shaped(x: np.ndarray, layout: int, rank: int, like: Sequence[int]) -> np.ndarray:
     if layout == p.ROWS:
-        return x.reshape(*like[: rank - 1], x.shape[-1])
+        return x.reshape(*like[: rank - 1], x.shape[-1])  # of images: rank 2, one row each
     if layout == p.CHANNELS_LAST:
         return x
     first = x.transpose(0, 3, 1, 2)

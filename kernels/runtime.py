@@ -49,7 +49,7 @@ def _compile(isa: str, places: Sequence[str]) -> str:
     """Compile the operators for one instruction set and give the path of a library that leads to them."""
     import llvmlite.binding as llvm
 
-    from graphopt.kernels import customop, exports
+    from graphopt.kernels import customop, exports, warm
 
     chosen = families(places)
     label = "graphopt_" + "_".join(f.name for f in chosen)
@@ -58,8 +58,9 @@ def _compile(isa: str, places: Sequence[str]) -> str:
     _KEEP.append(storage)
     llvm.add_symbol(storage_name, ctypes.addressof(storage))
     exports.bind(customop.metadata())
-    for family in chosen:
-        exports.bind(family.exports(customop.served_by(family, isa)))
+    with warm.helped(isa, places):
+        for family in chosen:
+            exports.bind(family.exports(customop.served_by(family, isa)))
     exports.bind([customop.registration(chosen, [isa], name, storage_name)])
     return _library(exports.address(name))
 

@@ -7,6 +7,7 @@ All are intrinsics on addresses. `n` is a multiple of 16 wherever a function say
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -16,8 +17,8 @@ from graphopt.kernels.memory import F32, I8, I16, I32, I64, at, emit, function
 LANES = 16
 _U8, _S16, _S32, _FLT = (ir.VectorType(kind, LANES) for kind in (I8, I16, I32, F32))
 _V, _A, _F = types.void, types.int64, types.float32
-Value = ir.Value
-Build = ir.IRBuilder
+Value = Any  # llvmlite is untyped
+Build = Any
 
 
 def loop(

@@ -129,7 +129,16 @@ def add_transposed(c: Case, x: int) -> int | None:
     more = weights(c, (channels, outs // groups, *k), outs, channels // groups * k[0] * k[1])
     out = c.tensor(outs, (size[0], size[1]))
     c.step(
-        p.CONV, x=x, out=out, groups=groups, order=p.IOHW, oph=extra[0], opw=extra[1], mid_zero=c.tensors[out].zero, **window, **more
+        p.CONV,
+        x=x,
+        out=out,
+        groups=groups,
+        order=p.IOHW,
+        oph=extra[0],
+        opw=extra[1],
+        mid_zero=c.tensors[out].zero,
+        **window,
+        **more,
     )
     return out
 

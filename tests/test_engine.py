@@ -68,6 +68,22 @@ def test_shapes_may_change_between_runs() -> None:
         np.testing.assert_array_equal(region(x)[0], wanted)
 
 
+def test_rows_of_images() -> None:
+    """A classifier: images in, one row of floats for each out."""
+    plan, constants = conv()
+    rng = np.random.default_rng(5)
+    weight = rng.integers(-127, 128, (5, 7)).astype(np.int8)
+    steps = [
+        *plan.steps[:2],
+        p.step(p.POOL, x=1, out=2, op=p.GLOBAL_POOL, scale=0),
+        p.step(p.CONV, x=2, out=-1, index=0, weight=2, weight_scale=3, order=p.KN, rank=2, like=0, scale=0),
+        p.step(p.OUTPUT, x=2, index=1, type=p.FLOAT, layout=p.ROWS, rank=2, x_scale=1, like=0),
+    ]
+    tensors = [*plan.tensors, p.Tensor(5, 9)]
+    whole = p.Plan(tensors, steps, plan.scales, 1, 2, 4)
+    check(isa.detect(), whole, [*constants, weight, np.float32([0.1])], [rng.standard_normal((3, 4, 6, 6)).astype(np.float32)])
+
+
 def test_runs_overlap() -> None:
     """Eight threads on one region, of different shapes: each run has an instance of its own."""
     plan, constants = conv()

@@ -12,7 +12,8 @@ RNG = np.random.default_rng(0)
 
 
 def requantised(acc: np.ndarray, multiplier: np.ndarray, zero: int) -> np.ndarray:
-    return np.clip(np.rint(acc.astype(np.float32) * multiplier) + zero, 0, 255).astype(np.uint8)
+    rounded: np.ndarray = np.clip(np.rint(acc.astype(np.float32) * multiplier) + zero, 0, 255)
+    return rounded.astype(np.uint8)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])

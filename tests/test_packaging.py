@@ -19,7 +19,11 @@ def sources() -> set[str]:
         f"graphopt/{p.name}" for p in (ROOT / "graphopt").iterdir() if p.suffix in (".py", ".typed", ".json") and not p.is_symlink()
     }
     assets = {f"graphopt/assets/{p.name}" for p in (ROOT / "graphopt" / "assets").iterdir()}
-    return own | assets | {f"graphopt/{d}/{p.name}" for d in ("passes", "kernels") for p in (ROOT / d).glob("*.py")}
+    return (
+        own
+        | assets
+        | {f"graphopt/{d}/{p.name}" for d in ("passes", "kernels") for p in (ROOT / d).iterdir() if p.suffix in (".py", ".c")}
+    )
 
 
 def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
