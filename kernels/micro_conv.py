@@ -207,8 +207,10 @@ def conv_tiles(d: Dialect, pixels: int, panels: int, half: bool = False) -> Any:
         tile = Tile(d, row, panel, pixels, panels * (8 if half else 16) // d.lanes)
 
         def body(pixel: Value, _: list[Value]) -> list[Value]:
-            windows = isinstance(d, Windows)
-            acc = _accumulate_windows(b, tile, d, pixel) if windows else _accumulate(b, tile, pixel, panels)
+            if isinstance(d, Windows):
+                acc = _accumulate_windows(b, tile, d, pixel)
+            else:
+                acc = _accumulate(b, tile, pixel, panels)
             epilogue(b, tile, lambda r, j: acc[r * tile.vectors + j], pixel)
             return []
 

@@ -101,7 +101,7 @@ def conv(S: int, m0: int, m1: int) -> None:
 
 def conv_windows(S: int, m0: int, m1: int) -> None:
     """As `conv`, panel by panel; a last panel of at most 8 channels is done by halves."""
-    panels, block = ld64(S + 8 * CONV_PANELS), ld64(S + 8 * CONV_BLOCK)
+    panels, block = ld64(S + 8 * CONV_PANELS), max(1, ld64(S + 8 * CONV_BLOCK))
     whole = panels
     if ld64(S + 8 * CONV_M) > 1 and panels * 16 - ld64(S + 8 * CONV_CHANNELS) >= 8:
         whole -= 1
