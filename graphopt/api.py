@@ -193,7 +193,7 @@ def optimize_with(source: str | Path | onnx.ModelProto | Model, settings: Settin
         checked = numeric.checked
     report = _report(settings, steps, (original, work), (start, counter.last), counter.rows, calibration)
     report.checked_passes = checked
-    failure = failure or _loads(original, work)
+    failure = failure or _runs(original, work, calibration or evaluation)
     if failure is None:
         from graphopt.gains import measure_gains
 
@@ -257,21 +257,28 @@ def _start(check: NumericCheck, model: Model, data: Dataset | None) -> None:
         raise ModelError(message) from error
 
 
-def _loads(original: Model, work: Model) -> CheckError | None:
-    """A CheckError where onnxruntime loads the original and not the result."""
-    from graphopt.runtime import runnable, session
-
+def _runs(original: Model, work: Model, data: Dataset | None) -> CheckError | None:
+    """A CheckError where onnxruntime loads the original, and runs it on a row of the data if there is any, and not the result."""
     try:
-        with runnable(work) as content:
-            session(content)
+        _try(work, data)
     except ModelError as error:
         try:
-            with runnable(original) as content:
-                session(content)
+            _try(original, data)
         except ModelError:  # its operators may live elsewhere; the report says that outputs were not compared, and why
             return None
-        return CheckError(f"the result does not load although the original does: {error}")
+        return CheckError(f"the result does not run although the original does: {error}")
     return None
+
+
+def _try(model: Model, data: Dataset | None) -> None:
+    """Load the model in onnxruntime, and run one row where there is data. ModelError where it cannot."""
+    from graphopt.runtime import run as run_once
+    from graphopt.runtime import runnable, session
+
+    with runnable(model) as content:
+        runner = session(content)
+        if data is not None:
+            run_once(runner, next(iter(data.batches(1))))
 
 
 def _report(
