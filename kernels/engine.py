@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from graphopt.kernels import engine_bind, engine_check, engine_pack, engine_rows, engine_run, engine_state
+from graphopt.kernels import engine_bind, engine_check, engine_conv, engine_pack, engine_rows, engine_run, engine_state
 from graphopt.kernels.abi import lock, stack64, symaddr, unlock
 from graphopt.kernels.engine_bind import bind_arena, bind_bytes, bind_lives, bind_padding, bind_sizes
 from graphopt.kernels.engine_check import check_outputs, check_step
@@ -327,7 +327,7 @@ PACKERS = {"pack_panels": 4, "panel_bytes": 1, "pack_depthwise": 4, "depthwise_b
 @cache
 def common() -> tuple[list[Export], dict[str, Any]]:
     """What is the same for every rung: checking, packing, laying out memory."""
-    modules = (engine_state, engine_check, engine_pack, engine_bind, engine_rows)
+    modules = (engine_state, engine_check, engine_pack, engine_bind, engine_conv, engine_rows)
     return link([*(t for m in modules for t in m.TEMPLATES), *COMMON], "", {})
 
 

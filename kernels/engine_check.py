@@ -406,7 +406,7 @@ def check_outputs(handle: int, seen: int, error: int) -> int:
 
 
 TEMPLATES = (
-    elements, readable, positive_scales, finite_scales, sum_scales, written,
-    window_ok, rank_ok, check_input, check_output, weight_shape, weight_of, check_sums, check_conv_constants, check_conv,
-    check_float_conv, fresh, check_pool, check_binary, check_copy, check_step, check_outputs,
+    elements, readable, positive_scales, finite_scales, sum_scales, written, window_ok, rank_ok, check_input, check_output,
+    weight_shape, weight_of, check_sums, check_conv_constants, check_conv, check_float_conv, fresh, check_pool, check_binary,
+    check_copy, check_step, check_outputs,
 )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.kernels.abi import parallel_for, stack64, symaddr
-from graphopt.kernels.engine_rows import (
+from graphopt.kernels.engine_conv import (
     ROW_INDEX,
     ROW_STEP,
     ROW_UNITS,
@@ -399,6 +399,6 @@ def run(instance: int, inputs: int, outputs: int, par: int) -> int:
 
 
 TEMPLATES = (
-    quantise_one, quantise_bytes, input_line, output_line, edge_part, border_part, any_depthwise_part, window_start, window_count,
-    pool_part, binary_bytes, binary_part, copy_run, copy_part, fill_part, run_part, rows_body, run_row, run,
+    quantise_one, quantise_bytes, input_line, output_line, edge_part, border_part, any_depthwise_part, window_start,
+    window_count, pool_part, binary_bytes, binary_part, copy_run, copy_part, fill_part, run_part, rows_body, run_row, run,
 )  # fmt: skip

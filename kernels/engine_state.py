@@ -8,8 +8,9 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
-from graphopt.kernels.memory import I1, I64, at, emit, free, ld64, malloc, put_integer, put_text, st64, text
+from graphopt.kernels.memory import I1, I64, at, emit, free, ld64, malloc, st64, text
 from graphopt.kernels.plan import STEP
+from graphopt.kernels.text import put_number, put_text
 
 # a handle: a checked plan with packed weights, shared by all runs
 H_BLOCKS = 0  # list of memory blocks to free
@@ -154,11 +155,11 @@ def fail(error: int, what: int, step: int, value: int) -> int:
     position = 0
     if step >= 0:
         position = put_text(error, position, text("step "))
-        position = put_integer(error, position, step)
+        position = put_number(error, position, step)
         position = put_text(error, position, text(": "))
     position = put_text(error, position, what)
     position = put_text(error, position, text(" ("))
-    position = put_integer(error, position, value)
+    position = put_number(error, position, value)
     put_text(error, position, text(")"))
     return 0
 

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 I1, I8, I16, I32, I64, F32 = (*(ir.IntType(bits) for bits in (1, 8, 16, 32, 64)), ir.FloatType())
-OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False, "nogil": True}
 
 
 def at(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int = 0) -> ir.Value:
@@ -135,36 +134,3 @@ def text(typing: Any, literal: types.Type) -> Any:
         return builder.ptrtoint(context.insert_const_string(builder.module, literal.literal_value), I64)
 
     return types.int64(literal), codegen
-
-
-ERROR = 256  # bytes of an error buffer
-
-
-@njit(**OPTIONS)
-def put_text(buffer: int, position: int, string: int) -> int:
-    """Append a C string to an error buffer; the new position. What does not fit is cut off."""
-    i = 0
-    while position < ERROR - 1 and ldu8(string + i) != 0:
-        stu8(buffer + position, ldu8(string + i))
-        position += 1
-        i += 1
-    stu8(buffer + position, 0)
-    return position
-
-
-@njit(**OPTIONS)
-def put_integer(buffer: int, position: int, value: int) -> int:
-    """Append a decimal number to an error buffer."""
-    if value < 0:
-        position = put_text(buffer, position, text("-"))
-        value = -value
-    power = 1
-    while value // power >= 10:
-        power *= 10
-    while power > 0:
-        if position < ERROR - 1:
-            stu8(buffer + position, 48 + (value // power) % 10)
-            position += 1
-        power //= 10
-    stu8(buffer + position, 0)
-    return position

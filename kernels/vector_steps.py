@@ -12,38 +12,15 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
+from graphopt.kernels import vectors
 from graphopt.kernels.memory import F32, I8, I16, I32, I64, at, emit, function
+from graphopt.kernels.vectors import loop
 
 LANES = 16
 _U8, _S16, _S32, _FLT = (ir.VectorType(kind, LANES) for kind in (I8, I16, I32, F32))
 _V, _A, _F = types.void, types.int64, types.float32
 Value = Any  # llvmlite is untyped
 Build = Any
-
-
-def loop(
-    b: Build, start: Value, stop: Value, step: int, carried: Sequence[Value], body: Callable[..., Sequence[Value]]
-) -> list[Value]:
-    """`for i in range(start, stop, step): carried = body(i, carried)`; returns the last `carried`."""
-    before = b.block
-    head, inside, after = (b.append_basic_block(name) for name in ("head", "body", "after"))
-    b.branch(head)
-    b.position_at_end(head)
-    index = b.phi(I64)
-    index.add_incoming(start, before)
-    values = [b.phi(value.type) for value in carried]
-    for phi, value in zip(values, carried, strict=True):
-        phi.add_incoming(value, before)
-    b.cbranch(b.icmp_signed("<", index, stop), inside, after)
-    b.position_at_end(inside)
-    fresh = body(index, values)
-    following = b.add(index, I64(step))
-    index.add_incoming(following, b.block)
-    for phi, value in zip(values, fresh, strict=True):
-        phi.add_incoming(value, b.block)
-    b.branch(head)
-    b.position_at_end(after)
-    return values
 
 
 def _load(b: Build, address: Value, kind: ir.Type = _U8) -> Value:
@@ -56,9 +33,7 @@ def _store(b: Build, value: Value, address: Value) -> None:
 
 def splat(b: Build, value: Value) -> Value:
     """The scalar in all lanes."""
-    kind = ir.VectorType(value.type, LANES)
-    first = b.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
-    return b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), ir.Constant(_S32, [0] * LANES))
+    return vectors.splat(b, value, LANES)
 
 
 def _binary(b: Build, name: str, x: Value, y: Value) -> Value:
