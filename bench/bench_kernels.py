@@ -41,6 +41,13 @@ DEPTHWISE = [
 RNG = np.random.default_rng(0)
 
 
+def drawn(shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """Weights as per-channel quantisation leaves them: normal, the largest of each output channel at 127."""
+    values = RNG.standard_normal(shape)
+    others = tuple(i for i in range(len(shape)) if i != axis)
+    return np.rint(values / np.abs(values).max(axis=others, keepdims=True) * 127).astype(np.int8)
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer's names, plan and models."""
@@ -94,7 +101,7 @@ def session(
 
 
 def gemm(m: int, k: int, n: int) -> Layer:
-    x, w = RNG.integers(0, 256, (m, k), dtype=np.uint8), RNG.integers(-127, 128, (k, n)).astype(np.int8)
+    x, w = RNG.integers(0, 256, (m, k), dtype=np.uint8), drawn((k, n), 1)
     ws = np.full(n, 0.01, np.float32)
     plan = p.Plan(
         [p.Tensor(k, 128), p.Tensor(n, 128)],
@@ -118,7 +125,7 @@ def gemm(m: int, k: int, n: int) -> Layer:
 def conv(n: int, c: int, h: int, w: int, oc: int, kernel: int, stride: int, groups: int) -> Layer:
     pad = kernel // 2
     x = RNG.integers(0, 256, (n, c, h, w), dtype=np.uint8)
-    weight = RNG.integers(-127, 128, (oc, c // groups, kernel, kernel)).astype(np.int8)
+    weight = drawn((oc, c // groups, kernel, kernel), 0)
     ws, names = np.full(oc, 0.01, np.float32), ("kh", "kw", "sh", "sw", "pt", "pl", "pb", "pr")
     window = dict(zip(names, [kernel] * 2 + [stride] * 2 + [pad] * 4, strict=True))
     plan = p.Plan(

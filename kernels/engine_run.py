@@ -111,6 +111,8 @@ def input_line(row: int, source: int, y: int, x0: int, x1: int) -> None:
                 return
             if kind == FLOAT:
                 quantise_bytes(line + x * pitch, start, channels, scale, zero)
+            elif kind != INT8:
+                copy_bytes(line + x * pitch, start, channels)
             else:
                 for c in range(channels):
                     stu8(line + x * pitch + c, ldu8(start + c) ^ (128 if kind == INT8 else 0))
@@ -158,6 +160,9 @@ def output_line(row: int, target: int, y: int, x0: int, x1: int) -> None:
             while c + 16 <= channels:
                 dequantise16(target + ((y * width + x) * channels + c) * 4, line + x * pitch + c, scale, zero)
                 c += 16
+        if kind != FLOAT and kind != INT8 and not first:
+            copy_bytes(target + (y * width + x) * channels, line + x * pitch, channels)
+            c = channels
         while c < channels:
             place = c * plane + y * width + x if first else (y * width + x) * channels + c
             byte = ldu8(line + x * pitch + c)

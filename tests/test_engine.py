@@ -81,7 +81,8 @@ def test_rows_of_images() -> None:
     ]
     tensors = [*plan.tensors, p.Tensor(5, 9)]
     whole = p.Plan(tensors, steps, plan.scales, 1, 2, 4)
-    check(isa.detect(), whole, [*constants, weight, np.array([0.1], np.float32)], [rng.standard_normal((3, 4, 6, 6)).astype(np.float32)])
+    inputs = [rng.standard_normal((3, 4, 6, 6)).astype(np.float32)]
+    check(isa.detect(), whole, [*constants, weight, np.array([0.1], np.float32)], inputs)
 
 
 def test_runs_overlap() -> None:
