@@ -45,7 +45,8 @@ def drawn(shape: tuple[int, ...], axis: int) -> np.ndarray:
     """Weights as per-channel quantisation leaves them: normal, the largest of each output channel at 127."""
     values = RNG.standard_normal(shape)
     others = tuple(i for i in range(len(shape)) if i != axis)
-    return np.rint(values / np.abs(values).max(axis=others, keepdims=True) * 127).astype(np.int8)
+    scaled: np.ndarray = np.rint(values / np.abs(values).max(axis=others, keepdims=True) * 127)
+    return scaled.astype(np.int8)
 
 
 @dataclass(frozen=True)
