@@ -1,4 +1,4 @@
-"""The INT8 kernels on numpy arrays, for tools that want them alone: `qgemm`, `qconv`, `qadd`, `qmul`, `qpool`, `look_up`.
+"""The INT8 kernels on numpy arrays, for tools that want them alone: `qgemm`, `qconv`, `qadd`, `qmul`, `qpool`.
 
 Arithmetic is onnxruntime's, bit for bit (`graphopt.kernels.plan` gives the formulas). Weights are packed for this CPU when an
 object is made; the functions make one for a single call, so keep the object where weights are used again:
@@ -24,7 +24,6 @@ from graphopt.kernels import plan as p
 from graphopt.kernels.native import Region
 
 Array = np.ndarray
-_TYPES = {np.dtype(np.uint8): p.UINT8, np.dtype(np.int8): p.INT8}
 
 
 @dataclass(frozen=True)
