@@ -37,12 +37,12 @@ def criterion(name: str) -> Callable[[Criterion], Criterion]:
     return add
 
 
-def find_criterion(name: str) -> Criterion:
-    """The criterion of that name, built in or from a plugin; OptionError with the valid names."""
+def find_criterion(name: str, owner: str = "prune-channels") -> Criterion:
+    """The criterion of that name, built in or from a plugin; OptionError, of the pass `owner`, with the valid names."""
     if name not in CRITERIA:
         REGISTRY.load_entry_points()  # a packaged plugin may bring it
     if name not in CRITERIA:
-        raise OptionError(f"prune-channels: unknown criterion '{name}'; {suggest(name, CRITERIA)}")
+        raise OptionError(f"{owner}: unknown criterion '{name}'; {suggest(name, CRITERIA)}")
     return CRITERIA[name]
 
 

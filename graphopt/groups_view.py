@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.cost import costs, weights
 from graphopt.dims import Dims, Group, couple, groups
+from graphopt.kinds import kind_of
 from graphopt.model import Model
 from graphopt.shapes import shapes
 from graphopt.units import Freed, holdings, mac_terms, step_of, weight_terms
@@ -23,6 +24,7 @@ class GroupView:
     """One group of units that are removed together or not at all."""
 
     index: int
+    kind: str  # heads, neurons or channels: which passes take it
     units: int
     step: int  # prune-channels with the given round_to leaves a multiple of this
     removable: int  # the most units it would remove then
@@ -61,6 +63,7 @@ class GroupsView:
 
     HEADER: ClassVar[tuple[str, ...]] = (
         "group",
+        "kind",
         "units",
         "removable",
         "params/unit",
@@ -83,6 +86,7 @@ class GroupsView:
         return [
             (
                 str(g.index),
+                g.kind,
                 f"{g.units:,}",
                 f"{g.removable:,}",
                 f"{g.parameters_per_unit:,}",
@@ -119,6 +123,7 @@ def view(model: Model, *, round_to: int = 8) -> GroupsView:
         rows.append(
             GroupView(
                 group.index,
+                kind_of(group, dims, tensors),
                 len(group.units),
                 step,
                 max(len(group.units) - step, 0),

@@ -30,6 +30,8 @@ BUILTIN = {
     "merge-initializers": "graphopt.passes.merge_initializers",
     "merge-reshapes": "graphopt.passes.merge_reshapes",
     "prune-channels": "graphopt.passes.prune_channels",
+    "prune-heads": "graphopt.passes.prune_heads",
+    "prune-neurons": "graphopt.passes.prune_neurons",
     "quantize": "graphopt.passes.quantize",
     "remove-noops": "graphopt.passes.remove_noops",
 }

@@ -1,50 +1,15 @@
-"""`prune-channels`: remove whole units of coupled dimensions (channels, neurons, hidden features)."""
+"""`prune-channels`: remove whole units of coupled dimensions: channels, neurons, hidden features, heads."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Literal
 
-import numpy as np
-import onnx_graphsurgeon as gs
-
-from graphopt.allocate import Candidate, Plan, by_budget, by_ratio, candidate, meter
 from graphopt.context import Context
-from graphopt.cost import Axis, Costs, costs
-from graphopt.criteria import find_criterion
-from graphopt.dims import Dims, Group, couple, groups
-from graphopt.errors import OptionError, PassError
-from graphopt.groups_view import nodes_of, pinned, summarized
-from graphopt.inspect import is_quantized, quantization
 from graphopt.model import Model
-from graphopt.proto import subgraphs, walk
-from graphopt.registry import register, suggest
-from graphopt.removal import remove
-from graphopt.shapes import shapes
-from graphopt.units import Freed, Holds, holdings, mac_terms, step_of, weight_terms
+from graphopt.prune import Request, prune_groups
+from graphopt.registry import register
 
 NAME = "prune-channels"
-
-
-@dataclass(frozen=True)
-class _Goal:
-    """One of: a share of units to remove, a share of MACs or of parameters to keep."""
-
-    kind: str  # ratio, macs, params
-    value: float
-
-
-@dataclass(frozen=True)
-class _Scene:
-    """The chosen groups as costs see them."""
-
-    holds: list[Holds]
-    parameters: Freed
-    macs: Freed
-    costs: Costs
 
 
 @register(NAME)
@@ -78,156 +43,17 @@ def prune_channels(
     Returns the number of units removed. Not exact: evaluate the result. `graphopt groups MODEL` shows what could go. Fold
     BatchNormalization first (except for bn-scale): scores are better then.
     """
-    goal = _goal(ratio, macs, params)
-    if round_to < 1 or minimum < 1:
-        raise OptionError(f"{NAME}: round_to and minimum must be at least 1, not {round_to} and {minimum}")
-    score = find_criterion(criterion)
-    _refuse_quantized(model)
-    dims = context.get(couple, model)
-    chosen = _choose(model, context, groups(model, dims), include, exclude, protect)
-    scene = _scene(model, context, dims, chosen)
-    scores = score(model, context, chosen) if chosen else []
-    candidates = _candidates(scene, chosen, scores, round_to, minimum)
-    plan = _plan(scene, candidates, goal, scope)
-    loose = [replace(c, step=1) for c in candidates]
-    context.facts.update(_facts(model, dims, scene, candidates, plan, _plan(scene, loose, goal, scope)))
-    labels = [g.units[c.order[:k]] for g, c, k in zip(chosen, candidates, plan, strict=True) if k]
-    if labels:
-        remove(model, dims, np.concatenate(labels))
-    return sum(plan)
-
-
-def _goal(ratio: float | None, macs: float | None, params: float | None) -> _Goal:
-    given = [_Goal(kind, value) for kind, value in (("ratio", ratio), ("macs", macs), ("params", params)) if value is not None]
-    if len(given) != 1:
-        raise OptionError(f"{NAME}: give exactly one of ratio=, macs= and params=, not {len(given)}")
-    goal = given[0]
-    if goal.kind == "ratio" and not 0 <= goal.value < 1:
-        raise OptionError(f"{NAME}: ratio={goal.value:g} is the share of units to remove: at least 0, below 1")
-    if goal.kind != "ratio" and not 0 < goal.value <= 1:
-        raise OptionError(f"{NAME}: {goal.kind}={goal.value:g} is the share that stays: above 0, at most 1")
-    return goal
-
-
-def _refuse_quantized(model: Model) -> None:
-    found = quantization(model)
-    if "QDQ nodes" in found:
-        raise PassError(
-            NAME, f"the model is already quantised ({found['QDQ nodes']} QDQ nodes): prune the float model, then quantise"
-        )
-
-
-def _choose(
-    model: Model, context: Context, found: Sequence[Group], include: Sequence[str], exclude: Sequence[str], protect: Sequence[str]
-) -> list[Group]:
-    """The groups that may be pruned; why the others may not is recorded with the first of their nodes."""
-    upstream = _upstream(model, protect)
-    tensors = model.tensors()
-    chosen = []
-    for group in found:
-        nodes = nodes_of(group, tensors)
-        held = [tensors[s.tensor] for s in group.slices if s.tensor in tensors]
-        names = [*(t.name for t in held), *(n.name for n in nodes)]
-        checks = {
-            "not included": bool(include) and not _matches(names, include),
-            "excluded": _matches(names, exclude),
-            "a protected output depends on it": any(id(n) in upstream for n in nodes),
-            "its weights are already quantised": any(isinstance(t, gs.Constant) and is_quantized(t) for t in held),
-        }
-        reason = next((reason for reason, applies in checks.items() if applies), None)
-        if reason is None:
-            chosen.append(group)
-        elif nodes:
-            context.reject(nodes[0], reason)
-    return chosen
-
-
-def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
-
-
-def _upstream(model: Model, protect: Sequence[str]) -> set[int]:
-    """id() of every node that an output matching a pattern depends on. OptionError for a pattern that no output matches."""
-    outputs = {t.name: t for t in model.graph.outputs}
-    for pattern in protect:
-        if not _matches(list(outputs), [pattern]):
-            raise OptionError(f"{NAME}: protect={pattern} matches no output; {suggest(pattern, outputs)}")
-    stack = [t for name, t in outputs.items() if _matches([name], protect)]
-    seen: set[int] = set()
-    while stack:
-        for node in stack.pop().inputs:
-            if id(node) not in seen:
-                seen.add(id(node))
-                stack.extend(node.inputs)
-                inner = [n for graph in subgraphs(node) for body in walk(graph) for n in body.nodes]
-                seen.update(id(n) for n in inner)
-                stack.extend(t for n in inner for t in n.inputs)
-    return seen
-
-
-def _scene(model: Model, context: Context, dims: Dims, chosen: Sequence[Group]) -> _Scene:
-    counted = costs(model, context.get(shapes, model))
-    weights, sizes = weight_terms(model)
-    holds = holdings(chosen, dims, [*sizes, *counted.sizes])
-    return _Scene(holds, Freed(weights, sizes), Freed(mac_terms(counted), counted.sizes), counted)
-
-
-def _candidates(
-    scene: _Scene, chosen: Sequence[Group], scores: Sequence[np.ndarray], round_to: int, minimum: int
-) -> list[Candidate]:
-    candidates = []
-    for group, score, holds in zip(chosen, scores, scene.holds, strict=True):
-        if score.shape != group.units.shape or not np.isfinite(score).all() or (score < 0).any():
-            where = group.slices[0].tensor if group.slices else str(group.index)
-            raise PassError(NAME, f"group of '{where}': the criterion did not give {len(group.units)} finite numbers of at least 0")
-        step = step_of(holds, scene.parameters.sizes, round_to)
-        candidates.append(candidate(score, holds, step=step, minimum=minimum))
-    return candidates
-
-
-def _plan(scene: _Scene, candidates: Sequence[Candidate], goal: _Goal, scope: str) -> Plan:
-    if not candidates:
-        if goal.kind != "ratio" and goal.value < 1:
-            raise PassError(NAME, f"{goal.kind}={goal.value:g} cannot be reached: no group can be pruned; see `graphopt groups`")
-        return ()
-    if goal.kind == "ratio":
-        return by_ratio(candidates, goal.value, scope=scope)
-    freed = scene.macs if goal.kind == "macs" else scene.parameters
-    if not freed.total:
-        raise PassError(NAME, f"{goal.kind}={goal.value:g} cannot be aimed at: none could be counted; use ratio= or params=")
-    gauge = meter(freed.terms, freed.sizes, candidates)
-    plan = by_budget(candidates, gauge, goal.value * freed.total, scope=scope)
-    if plan is None:
-        least = gauge.read(candidates, [c.removable(len(c.order)) for c in candidates]) / freed.total
-        raise PassError(NAME, f"{goal.kind}={goal.value:g} cannot be reached: with every group at its least, {least:.3g} stay")
-    return plan
-
-
-def _facts(
-    model: Model, dims: Dims, scene: _Scene, candidates: Sequence[Candidate], plan: Plan, unrounded: Plan
-) -> dict[str, object]:
-    """For the report: before and after, what rounding kept, and what is pinned."""
-
-    def lost(of: Plan) -> dict[Axis, int]:
-        gone: Counter[Axis] = Counter()
-        for choice, removed in zip(candidates, of, strict=True):
-            gone.update({axis: int(counts[removed]) for axis, counts in choice.lost.items()})
-        return gone
-
-    mine, exact = lost(plan), lost(unrounded)
-    parameters, macs = scene.parameters, scene.macs
-    return {
-        "groups": len(candidates),
-        "groups_pruned": sum(k > 0 for k in plan),
-        "units": sum(len(c.order) for c in candidates),
-        "units_removed": sum(plan),
-        "parameters": [parameters.total, parameters.total - parameters.by(mine)],
-        "macs": [macs.total, macs.total - macs.by(mine)],
-        "macs_uncounted_nodes": len(scene.costs.uncounted),
-        "without_rounding": {
-            "units_removed": sum(unrounded),
-            "parameters": parameters.total - parameters.by(exact),
-            "macs": macs.total - macs.by(exact),
-        },
-        "pinned": summarized(pinned(model, dims)),
-    }
+    wanted = Request(
+        NAME,
+        ratio=ratio,
+        macs=macs,
+        params=params,
+        scope=scope,
+        criterion=criterion,
+        round_to=round_to,
+        minimum=minimum,
+        include=include,
+        exclude=exclude,
+        protect=protect,
+    )
+    return prune_groups(model, context, wanted)

@@ -45,6 +45,6 @@ def test_it_is_json_and_rows() -> None:
     assert json.loads(json.dumps(found.to_dict()))["groups"][0]["units"] == 4
     (row,) = found.rows()
     assert len(row) == len(found.HEADER)
-    assert row == ("0", "4", "3", "6", "5", "100.0 %", "100.0 %")
+    assert row == ("0", "neurons", "4", "3", "6", "5", "100.0 %", "100.0 %")
     (line,) = found.held_rows()
     assert line.startswith("0: weights up[1], down[0], bias[0]; nodes ")

@@ -1,0 +1,49 @@
+"""What the units of a group are: heads of an attention block, neurons between two matrices, or channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import onnx_graphsurgeon as gs
+
+from graphopt.attributes import op_key
+from graphopt.dims import Dims, Group, Slice
+
+Kind = Literal["heads", "neurons", "channels"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_PRODUCTS = frozenset({"MatMul", "com.microsoft::FusedMatMul"})
+_MATRICES = frozenset(
+    {"Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN", "com.microsoft::FusedGemm", "com.microsoft::FusedMatMul"}
+)  # that make neurons of what they read and write
+# ops that attend -> the axis of the heads, by the rank of the tensor
+_ATTENTION: dict[str, Mapping[int, int]] = {
+    "Attention": {3: 2, 4: 1},
+    "com.microsoft::Attention": {3: 2},
+    "com.microsoft::GroupQueryAttention": {3: 2, 4: 1},
+    "com.microsoft::MultiHeadAttention": {3: 2, 4: 1, 5: 2},
+}
+
+
+def kind_of(group: Group, dims: Dims, tensors: Mapping[str, gs.Tensor]) -> Kind:
+    """heads: the units lie along an axis over which two activations are multiplied matrix by matrix, or attended.
+
+    neurons: they lie in matrices (or recurrent weights) alone. channels: anything else, first of all filters of convolutions.
+    """
+    if any(_is_head_axis(place, dims, tensors) for place in group.activations):
+        return "heads"
+    weights = [t for s in group.slices if isinstance(t := tensors.get(s.tensor), gs.Constant) and len(t.shape) > 1]
+    readers = {op_key(node) for weight in weights for node in weight.outputs}
+    return "neurons" if readers & _MATRICES and not any("Conv" in op for op in readers) else "channels"
+
+
+def _is_head_axis(place: Slice, dims: Dims, tensors: Mapping[str, gs.Tensor]) -> bool:
+    tensor, rank = tensors.get(place.tensor), len(dims.labels(place.tensor) or ())
+    for node in (*tensor.inputs, *tensor.outputs) if tensor is not None else ():
+        op = op_key(node)
+        if _ATTENTION.get(op, {}).get(rank) == place.axis:
+            return True
+        if op in _PRODUCTS and place.axis < rank - 2 and not any(isinstance(t, gs.Constant) for t in node.inputs):
+            return True
+    return False

@@ -1,0 +1,60 @@
+"""`prune-neurons`: narrow the hidden layers of MLPs and recurrent nets."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from graphopt.context import Context
+from graphopt.model import Model
+from graphopt.prune import Request, prune_groups
+from graphopt.registry import register
+
+NAME = "prune-neurons"
+
+
+@register(NAME)
+def prune_neurons(
+    model: Model,
+    context: Context,
+    *,
+    ratio: float | None = None,
+    macs: float | None = None,
+    params: float | None = None,
+    scope: Literal["uniform", "global"] = "uniform",
+    criterion: str = "l2",
+    round_to: int = 8,
+    minimum: int = 1,
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    protect: tuple[str, ...] = (),
+) -> int:
+    """The least important neurons between two matrices (MLPs, recurrent layers) are cut out of both.
+
+    - ratio, macs, params: give exactly one. ratio: the share of neurons to remove; macs, params: the share of the model's MACs or
+      parameters that stays, by the least pruning that gets there.
+    - scope: uniform takes the same share of every group, global ranks all neurons together (LAMP).
+    - criterion: how important a unit is. l1, l2: the size of its weights; bn-scale: its BatchNormalization scale (use it before
+      fold-bn); activation: its mean magnitude on calibration rows (--calib) times the weights that read it; or a plugin's.
+    - round_to: groups keep a multiple of this many units, and those too small for one stay whole; kernels like multiples of 8.
+    - minimum: units that every group keeps.
+    - include, exclude: patterns (* and ?) of names of weights and nodes; a group matches by any of its own.
+    - protect: patterns of outputs that must not change at all: no group that they depend on is pruned.
+
+    The width of the residual stream of a transformer stays, since LayerNormalization looks at all of it. Returns the number of
+    neurons removed. Not exact: evaluate the result. `graphopt groups MODEL` shows which groups are neurons.
+    """
+    wanted = Request(
+        NAME,
+        kinds=("neurons",),
+        ratio=ratio,
+        macs=macs,
+        params=params,
+        scope=scope,
+        criterion=criterion,
+        round_to=round_to,
+        minimum=minimum,
+        include=include,
+        exclude=exclude,
+        protect=protect,
+    )
+    return prune_groups(model, context, wanted)
