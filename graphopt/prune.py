@@ -233,7 +233,7 @@ def _facts(
 def _removed(
     model: Model, dims: Dims, chosen: Sequence[Group], candidates: Sequence[Candidate], scores: Sequence[np.ndarray], plan: Plan
 ) -> list[dict[str, object]]:
-    """For the report, of each group that shrinks: its kind, and which units go, by index and the weakest first, and their scores."""
+    """For the report, of each group that shrinks: its kind, and which units go (index, the weakest first), and their scores."""
     tensors = model.tensors()
     return [
         {
