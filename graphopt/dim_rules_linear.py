@@ -68,16 +68,20 @@ def _bias(site: Site, index: int, labels: Labels) -> None:
         site.tie(site.axes(index)[0], labels)
 
 
-@rule("Conv")
+@rule("Conv", "com.microsoft::FusedConv")
 def conv(site: Site) -> Result:
-    """[N, C, ...] with weights [M, C/group, ...]. Several groups lose the same offsets; depthwise, a channel goes whole."""
+    """[N, C, ...] with weights [M, C/group, ...]. Several groups lose the same offsets; depthwise, a channel goes whole.
+
+    onnxruntime's FusedConv may add a fourth input before its activation.
+    """
     x, w, groups = site.axes(), _kernel(site), int(site.attr("group") or 1)
     inner = (site.shape(1) or ())[1]
     if not isinstance(inner, int) or x[1].size not in (1, groups * inner):
         raise PinError("the number of channels is not known")
     _contract_groups(site, x[1], w, groups, inner)
     _bias(site, 2, w[0])
-    return [[x[0], w[0], *spatial(site, x)]]
+    y = [x[0], w[0], *spatial(site, x)]
+    return [broadcast(site, [y, site.axes(3)]) if site.has(3) else y]
 
 
 def _contract_groups(site: Site, channels: Labels, w: Axes, groups: int, inner: int) -> None:
@@ -111,7 +115,7 @@ def conv_transpose(site: Site) -> Result:
     return [[x[0], y, *spatial(site, x)]]
 
 
-@rule("Gemm")
+@rule("Gemm", "com.microsoft::FusedGemm")
 def gemm(site: Site) -> Result:
     """alpha * A' B' + beta * C"""
     a, b = site.axes(0), site.axes(1)
@@ -121,13 +125,37 @@ def gemm(site: Site) -> Result:
     return [broadcast(site, [y, site.axes(2)]) if site.has(2) else y]
 
 
-@rule("MatMul")
+@rule("MatMul", "com.microsoft::FusedMatMul")
 def matmul(site: Site) -> Result:
-    """As numpy.matmul: leading axes broadcast, operands with one axis get a second one that is dropped again."""
+    """As numpy.matmul: leading axes broadcast, operands with one axis get a second one that is dropped again.
+
+    onnxruntime's FusedMatMul may swap the last two axes of either operand first.
+    """
     a, b = site.axes(0), site.axes(1)
+    if site.node.attrs.get("transBatchA") or site.node.attrs.get("transBatchB"):
+        raise PinError("FusedMatMul with transposed batch axes")
+    a = [*a[:-2], a[-1], a[-2]] if site.node.attrs.get("transA") and len(a) > 1 else a
+    b = [*b[:-2], b[-1], b[-2]] if site.node.attrs.get("transB") and len(b) > 1 else b
     contract(site, a[-1], b[-2] if len(b) > 1 else b[0], (0, 1))
     batch = broadcast(site, [a[:-2], b[:-2]]) if len(a) > 2 or len(b) > 2 else []
     return [[*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else [])]]
+
+
+@rule("Einsum")
+def einsum(site: Site) -> Result:
+    """Axes of one letter meet; a letter that the result lacks is summed over, weighted by all operands that have it."""
+    left, arrow, right = str(site.attr("equation")).replace(" ", "").partition("->")
+    sides, operands = left.split(","), [site.axes(i) for i in site.given()]
+    plain = arrow and "." not in left and all(len(set(s)) == len(s) == len(x) for s, x in zip(sides, operands, strict=True))
+    if not plain:
+        raise PinError("Einsum with an ellipsis, a diagonal, or no arrow")
+    letters: dict[str, Labels] = {}
+    for letter in dict.fromkeys("".join(sides)):
+        held = [(i, x[side.index(letter)]) for i, (side, x) in enumerate(zip(sides, operands, strict=True)) if letter in side]
+        (letters[letter],) = broadcast(site, [[labels] for _, labels in held])
+        if letter not in right and not any(site.vanishes(i) for i, _ in held):
+            site.pin(letters[letter], "Einsum sums over it and no operand is a constant")
+    return [[letters[letter] for letter in right]]
 
 
 @rule("BatchNormalization")

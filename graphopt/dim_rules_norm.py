@@ -87,6 +87,16 @@ def skip_layer_normalization(site: Site) -> Result:
     return [x, statistics, statistics, x][: len(site.node.outputs)]
 
 
+@rule("com.microsoft::EmbedLayerNormalization")
+def embed_layer_normalization(site: Site) -> Result:
+    """Rows of two or three tables, picked and added, over their last axis."""
+    for index in site.given():
+        site.pin_axes(site.axes(index), f"{site.node.op} over this axis" if index > 1 else "positions")
+    ids, hidden = site.axes(), site.axes(2)[1]
+    y = [*ids, hidden]
+    return [y, [ids[0]], y][: len(site.node.outputs)]
+
+
 @rule("InstanceNormalization")
 def instance_normalization(site: Site) -> Result:
     """Each channel over its own pixels, with a scale and a bias."""

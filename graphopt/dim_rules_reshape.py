@@ -82,9 +82,9 @@ def _block(site: Site, xs: Axes, sizes: list[Dim], source: list[Dim]) -> Axes:
     if len(known) < len(sizes) or not all(isinstance(s, int) for s in source):
         return _stuck(site, xs, sizes, "Reshape mixes axes of unknown size")
     if len(xs) == 1:
-        return _unfold(site, xs[0], known)
+        return unfold(site, xs[0], known)
     if len(sizes) == 1:
-        return [_fold(site, xs)]
+        return [fold(site, xs)]
     return _refined(site, xs, known)
 
 
@@ -98,8 +98,8 @@ def _refined(site: Site, xs: Axes, sizes: list[int]) -> Axes:
     atoms = [a // b for a, b in pairwise(ordered)]
     parts: Axes = []
     for labels, run in zip(xs, _runs(atoms, sources), strict=True):
-        parts.extend([labels] if len(run) == 1 else _unfold(site, labels, [atoms[i] for i in run]))
-    return [parts[run[0]] if len(run) == 1 else _fold(site, [parts[i] for i in run]) for run in _runs(atoms, sizes)]
+        parts.extend([labels] if len(run) == 1 else unfold(site, labels, [atoms[i] for i in run]))
+    return [parts[run[0]] if len(run) == 1 else fold(site, [parts[i] for i in run]) for run in _runs(atoms, sizes)]
 
 
 def _runs(atoms: list[int], sizes: list[int]) -> list[list[int]]:
@@ -119,8 +119,8 @@ def _stuck(site: Site, xs: Axes, sizes: Sequence[Dim], reason: str) -> Axes:
     return [site.pinned(size, reason) for size in sizes]
 
 
-def _unfold(site: Site, whole: Labels, sizes: list[int]) -> Axes:
-    """C -> (H, D)."""
+def unfold(site: Site, whole: Labels, sizes: list[int]) -> Axes:
+    """C -> (H, D): the labels of the parts of an axis, the outermost first."""
     classes = site.dims.classes
     if classes.is_pinned(whole):
         classes.union(whole, whole[:1])
@@ -130,8 +130,8 @@ def _unfold(site: Site, whole: Labels, sizes: list[int]) -> Axes:
     return list(parts)
 
 
-def _fold(site: Site, parts: Axes) -> Labels:
-    """(H, D) -> C. With one part free the labels of C are its labels, repeated."""
+def fold(site: Site, parts: Axes) -> Labels:
+    """(H, D) -> C: the labels of an axis made of these. With one part free the labels of C are its labels, repeated."""
     classes, sizes = site.dims.classes, [part.size for part in parts]
     free = [i for i, part in enumerate(parts) if not classes.is_pinned(part)]
     if not free:

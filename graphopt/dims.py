@@ -11,7 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt import dim_rules_layout, dim_rules_linear, dim_rules_norm, dim_rules_reshape  # noqa: F401 (they fill the table)
+from graphopt import (  # noqa: F401 (they fill the table)
+    dim_rules_attention,
+    dim_rules_layout,
+    dim_rules_linear,
+    dim_rules_norm,
+    dim_rules_reshape,
+)
 from graphopt.dim_folds import resolve
 from graphopt.dim_labels import NO_LABELS, ONE, Dims, Labels, Pin, is_one
 from graphopt.dim_rules import DIM_RULES, Axes, PinError, Site

@@ -168,6 +168,50 @@ def _recurrent(node: gs.Node, cut: Cut) -> None:
     node.attrs["hidden_size"] = cut.sizes(node.inputs[2]).get(2, node.attrs["hidden_size"])
 
 
+def _count(node: gs.Node, cut: Cut, name: str, index: int) -> None:
+    """An attribute that counts the heads of an input: [batch, length, heads * width], or the heads are an axis of their own."""
+    tensor, heads = node.inputs[index], int(node.attrs.get(name, 0))
+    shape, new = cut.shape(tensor), cut.sizes(tensor)
+    axis = {3: 2, 4: 1, 5: 2}.get(len(shape), 0)
+    size = shape[axis] if shape else 0
+    if heads and axis in new and isinstance(size, int):
+        node.attrs[name] = new[axis] * heads // size
+
+
+def _heads(**counted: int) -> Repair:
+    """Attributes, and the inputs whose heads they count."""
+
+    def repair(node: gs.Node, cut: Cut) -> None:
+        for name, index in counted.items():
+            if has_input(node, index):
+                _count(node, cut, name, index)
+
+    return repair
+
+
+def _packed_attention(node: gs.Node, cut: Cut) -> None:
+    """The columns of the weights are queries, keys and values side by side."""
+    mask, heads = cut.kept.get(node.inputs[1].name, {}).get(1), int(node.attrs["num_heads"])
+    if mask is not None:
+        old = node.attrs.get("qkv_hidden_sizes") or [mask.size // 3] * 3
+        new = [int(part.sum()) for part in np.split(mask, np.cumsum(old)[:2])]
+        node.attrs["num_heads"] = new[0] * heads // old[0]
+        if "qkv_hidden_sizes" in node.attrs or len(set(new)) > 1:
+            node.attrs["qkv_hidden_sizes"] = new
+
+
+def _group_query_attention(node: gs.Node, cut: Cut) -> None:
+    """Queries, keys and values may lie side by side in one input."""
+    if has_input(node, 1):
+        _heads(num_heads=0, kv_num_heads=1)(node, cut)
+        return
+    mask, many, few = cut.kept.get(node.inputs[0].name, {}).get(2), int(node.attrs["num_heads"]), int(node.attrs["kv_num_heads"])
+    if mask is not None:
+        width = mask.size // (many + 2 * few)
+        queries, keys, _ = np.split(mask, [many * width, (many + few) * width])
+        node.attrs["num_heads"], node.attrs["kv_num_heads"] = int(queries.sum()) // width, int(keys.sum()) // width
+
+
 def _shape(node: gs.Node, cut: Cut) -> None:
     """Readers see the sizes from before; those that only look at axes that do not change go on reading the Shape itself."""
     shape = cut.shape(node.inputs[0])
@@ -194,6 +238,7 @@ def _looks_elsewhere(reader: gs.Node, changed: Mapping[int, int], length: int) -
 
 
 REPAIR: dict[str, Repair] = {
+    "Attention": _heads(q_num_heads=0, kv_num_heads=1),
     "Conv": _conv,
     "ConvTranspose": _conv,
     "ConstantOfShape": _target(0),
@@ -205,7 +250,13 @@ REPAIR: dict[str, Repair] = {
     "RNN": _recurrent,
     "Reshape": _target(1),
     "Resize": _target(3),
+    "RotaryEmbedding": _heads(num_heads=0),
     "Shape": _shape,
     "Slice": _slice,
     "Split": _split,
+    "com.microsoft::Attention": _packed_attention,
+    "com.microsoft::FusedConv": _conv,
+    "com.microsoft::GroupQueryAttention": _group_query_attention,
+    "com.microsoft::MultiHeadAttention": _heads(num_heads=0),
+    "com.microsoft::RotaryEmbedding": _heads(num_heads=0),
 }

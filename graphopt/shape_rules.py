@@ -320,7 +320,7 @@ SAME = frozenset(
     "Shrink Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Trilu "
     "com.microsoft::BiasGelu com.microsoft::BiasSoftmax com.microsoft::FastGelu com.microsoft::Gelu com.microsoft::QuickGelu "
     "com.microsoft::QLinearLeakyRelu com.microsoft::QLinearSigmoid com.microsoft::QLinearSoftmax "
-    "com.microsoft::SkipLayerNormalization com.microsoft::SkipSimplifiedLayerNormalization".split()
+    "com.microsoft::RotaryEmbedding".split()
 )
 # elementwise with broadcasting and one type; comparisons give booleans
 BROADCAST = frozenset("Add And BitwiseAnd BitwiseOr BitwiseXor BitShift Div Max Mean Min Mod Mul Or Pow Sub Sum Xor".split())

@@ -19,6 +19,7 @@ from graphopt.onnx_inference import OnnxInference, Typed
 from graphopt.proto import subgraphs
 from graphopt.shape_bodies import CONTROL_FLOW
 from graphopt.shape_rules import ALIKE, BROADCAST, COMPARE, MAX_VALUES, SAME, SHAPE_RULES, Known, Site, same
+from graphopt.shape_rules_contrib import CONTRIB_RULES
 from graphopt.shape_values import VALUE_RULES, checked, split_values
 from graphopt.symbols import Polynomial, Sizes, broadcast_all, symbol, text, unknown
 
@@ -200,6 +201,8 @@ def _direct(site: Site, key: str) -> list[Typed] | None:
     """Operators simple enough to do without ONNX; None for all others."""
     if not site.has(0) or site.node.inputs[0].name in site.known.types:
         return None
+    if key in CONTRIB_RULES:
+        return _guarded(CONTRIB_RULES[key], site)
     first = site.known.dtypes.get(site.node.inputs[0].name)
     if key in SAME or key == "Range":  # ONNX refuses ranges of 1-element tensors, which runtimes and its own functions use
         rule = same if key in SAME else SHAPE_RULES[key]

@@ -1,6 +1,6 @@
-"""Makes the transformer exports in this folder: small random networks, written by both of PyTorch's exporters and fused by onnxruntime.
+"""Makes the exports in this folder: small random networks, written by both of PyTorch's exporters and fused by onnxruntime.
 
-Needs torch, onnxscript, onnx and onnxruntime, which the tests do not: `python make_models.py [NAME ...]` in an environment of its own.
+`python make_models.py [NAME ...]` in an environment with torch, onnxscript, onnx and onnxruntime; the tests need only the files.
 The files as committed were made with torch 2.13.0, onnxscript 0.7.2, onnxruntime 1.32.0.
 """
 
@@ -13,7 +13,6 @@ from typing import Any
 
 import onnx
 import torch
-import torch.nn.functional as F
 from networks import MODELS, Export
 from torch import nn
 
@@ -102,7 +101,7 @@ def main(names: list[str]) -> None:
                     torchscript(export, raw) if way == "fused" else dynamo(export, raw, 18)
                     fused(raw, path, export.fusion, export.heads, export.hidden)
             stripped(path)
-            print(path.name, path.stat().st_size)
+            sys.stdout.write(f"{path.name} {path.stat().st_size}\n")
 
 
 if __name__ == "__main__":

@@ -62,12 +62,12 @@ class BertLayer(nn.Module):
         self.up, self.down, self.norm2 = nn.Linear(HIDDEN, MLP), nn.Linear(MLP, HIDDEN), nn.LayerNorm(HIDDEN)
 
     def split(self, x: Tensor) -> Tensor:
-        return x.view(x.size()[:-1] + (HEADS, WIDTH)).permute(0, 2, 1, 3)
+        return x.view((*x.size()[:-1], HEADS, WIDTH)).permute(0, 2, 1, 3)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         c = _softmax_attention(self.split(self.query(x)), self.split(self.key(x)), self.split(self.value(x)), bias)
         c = c.permute(0, 2, 1, 3).contiguous()
-        x = self.norm1(self.dense(c.view(c.size()[:-2] + (HIDDEN,))) + x)
+        x = self.norm1(self.dense(c.view((*c.size()[:-2], HIDDEN))) + x)
         return self.norm2(self.down(F.gelu(self.up(x))) + x)
 
 
@@ -130,7 +130,7 @@ class Conv1D(nn.Module):
         self.weight, self.bias, self.n_out = nn.Parameter(torch.zeros(n_in, n_out)), nn.Parameter(torch.zeros(n_out)), n_out
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(x.size()[:-1] + (self.n_out,))
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view((*x.size()[:-1], self.n_out))
 
 
 class Gpt2Block(nn.Module):
@@ -144,13 +144,14 @@ class Gpt2Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            part.view(part.size()[:-1] + (HEADS, WIDTH)).permute(0, 2, 1, 3) for part in self.attn(self.norm1(x)).split(HIDDEN, dim=2)
+            part.view((*part.size()[:-1], HEADS, WIDTH)).permute(0, 2, 1, 3)
+            for part in self.attn(self.norm1(x)).split(HIDDEN, dim=2)
         )
         scores = q @ k.transpose(-1, -2) / math.sqrt(WIDTH)
         seen = self.bias[:, :, k.size(-2) - q.size(-2) : k.size(-2), : k.size(-2)]
         scores = torch.where(seen, scores, torch.full([], torch.finfo(scores.dtype).min))
         c = (torch.softmax(scores, dim=-1) @ v).permute(0, 2, 1, 3).contiguous()
-        x = x + self.proj(c.view(c.size()[:-2] + (HIDDEN,)))
+        x = x + self.proj(c.view((*c.size()[:-2], HIDDEN)))
         h = self.up(self.norm2(x))
         return x + self.down(0.5 * h * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (h + 0.044715 * torch.pow(h, 3.0)))))
 
@@ -176,7 +177,7 @@ class Llama(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.words(x)
-        places = torch.arange(x.size(1), device=x.device).float()[None, :, None]
+        places = torch.arange(x.size(1), device=x.device).float()[None, :, None].expand(x.size(0), -1, 1)
         angles = places * self.frequencies[None, None, :]
         angles = torch.cat((angles, angles), dim=-1)
         for block in self.blocks:
