@@ -6,7 +6,7 @@ go). What makes removal exact is told in docs/dimensions.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -234,9 +234,20 @@ def linear_scale(site: Site) -> Result:
 
 @rule("Shape")
 def shape(site: Site) -> Result:
-    """Whoever reads the sizes goes on reading those from before: see `repair_rules`."""
-    site.axes()
+    """Whoever reads the sizes goes on reading those from before (see `repair_rules`), which a dynamic size that shrinks cannot tell."""
+    x, sizes = site.axes(), site.shape() or ()
+    first = range(len(x))[slice(site.attr("start") or 0, site.attr("end"))]
+    for place, axis in enumerate(first):
+        if x[axis].size > 1 and not isinstance(sizes[axis], int):
+            if not all(looks_elsewhere(reader, {place}, len(first)) for reader in site.node.outputs[0].outputs):
+                site.pin(x[axis], "a dynamic size that is read")
     return [None]
+
+
+def looks_elsewhere(reader: gs.Node, places: Container[int], length: int) -> bool:
+    """Whether a node that reads a vector of sizes of this length picks only others (Shape -> Gather)."""
+    indices = constant_value(reader.inputs[1]) if reader.op == "Gather" and not reader.domain else None
+    return indices is not None and all(int(i) % length not in places for i in np.ravel(indices))
 
 
 @rule("Size")

@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.dim_labels import ONE, Labels, is_one
 from graphopt.dim_rules import Axes, PinError, Result, Site, rule
+from graphopt.dim_rules_reshape import hold_unknown
 from graphopt.edit import constant_value
 from graphopt.operands import operand
 
@@ -127,6 +128,7 @@ def expand(site: Site) -> Result:
     x, shape = site.axes(), site.out_shape()
     padded = [ONE] * (len(shape) - len(x)) + x
     _target(site, 1)
+    hold_unknown(site, padded)
     return [[_repeated(site, a, size) if is_one(a) else a for a, size in zip(padded, shape, strict=True)]]
 
 
@@ -149,6 +151,7 @@ def tile(site: Site) -> Result:
     x, repeats, shape = site.axes(), site.ints("repeats", 1), site.out_shape()
     if repeats is None or len(repeats) != len(x):
         raise PinError("the number of repeats is not known")
+    site.pin_axes([a for a, size in zip(x, shape, strict=True) if not isinstance(size, int)], "repeated")
     y = [site.pinned(s, "repeated") if is_one(a) and r != 1 else np.tile(a, r) for a, r, s in zip(x, repeats, shape, strict=True)]
     return [[site.pinned(s, "repeated") if not isinstance(s, int) else a for a, s in zip(y, shape, strict=True)]]
 

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from graphopt.dim_labels import ONE, Fold, Labels
 from graphopt.dim_rules import Axes, PinError, Result, Site, rule
 from graphopt.shapes import Dim, Shape
+from graphopt.symbols import monomial
 
 MAX_FOLD = 1 << 22  # elements; above it a fold of several free axes is pinned
 Monomial = tuple[int, tuple[str, ...]]  # a number times symbols
 Block = tuple[list[int], list[int]]  # axes of the input that hold the same elements as axes of the output
-
-
-def _monomial(size: Dim) -> Monomial:
-    """'12*batch' as (12, ('batch',)); a sum is one symbol."""
-    if isinstance(size, int):
-        return size, ()
-    parts = re.fullmatch(r"(?:(\d+)\*)?([^\s+\-*/()']+(?:\*[^\s+\-*/()']+)*)", size or "?")
-    return (int(parts[1] or 1), tuple(sorted(parts[2].split("*")))) if parts else (1, (size or "?",))
 
 
 def _times(a: Monomial, b: Monomial) -> Monomial:
@@ -35,7 +28,7 @@ def _products(shape: Shape, axes: list[int]) -> dict[Monomial, int]:
     total: Monomial = (1, ())
     found = {total: 0}
     for count, axis in enumerate(axes, 1):
-        total = _times(total, _monomial(shape[axis]))
+        total = _times(total, monomial(shape[axis]))
         found[total] = count
     return found
 
@@ -72,7 +65,21 @@ def reshape(site: Site) -> Result:
         made = _block(site, [x[i] for i in mine], [target[i] for i in theirs], [source[i] for i in mine] if source else [])
         for axis, labels in zip(theirs, made, strict=True):
             y[axis] = labels
+    hold_unknown(site, y)
     return [y]
+
+
+def hold_unknown(site: Site, y: Axes, index: int = 1) -> None:
+    """The size of a dynamic axis that may shrink is scaled by the repair, for which it must be known what the size is."""
+    target, offset = site.out_shape(), 0
+    if not site.has(index) or isinstance(site.node.inputs[index], gs.Constant):
+        return
+    values = site.dims.shapes.value(site.node.inputs[index].name) or ()
+    offset = len(target) - len(values)
+    for axis, labels in enumerate(y):
+        known = axis < offset if values else False
+        if labels.size > 1 and not isinstance(target[axis], int) and not known and (not values or values[axis - offset] is None):
+            site.pin(labels, "a size that is computed in a way that is not known")
 
 
 def _block(site: Site, xs: Axes, sizes: list[Dim], source: list[Dim]) -> Axes:
@@ -80,12 +87,43 @@ def _block(site: Site, xs: Axes, sizes: list[Dim], source: list[Dim]) -> Axes:
     if len(xs) == len(sizes) == 1:
         return xs
     if len(known) < len(sizes) or not all(isinstance(s, int) for s in source):
-        return _stuck(site, xs, sizes, "Reshape mixes axes of unknown size")
+        return _dynamic(site, xs, sizes, source) or _stuck(site, xs, sizes, "Reshape mixes axes of unknown size")
     if len(xs) == 1:
         return unfold(site, xs[0], known)
     if len(sizes) == 1:
         return [fold(site, xs)]
     return _refined(site, xs, known)
+
+
+def _dynamic(site: Site, xs: Axes, sizes: list[Dim], source: list[Dim]) -> Axes | None:
+    """(batch, 12, 64) -> (12*batch, 64): the symbols are outermost on both sides, so the numbers inside are a Reshape of their own.
+
+    An axis of size 12*batch has 12 labels: those of its indices, again and again. None where it is not so.
+    """
+    mine, theirs = _inner(source), _inner(sizes)
+    if mine is None or theirs is None or mine[0] != theirs[0]:
+        return None
+    (_, first, numbers), (_, start, others) = mine, theirs
+    if xs[first].size not in (1, numbers[0]) or prod(numbers) != prod(others):
+        return None
+    labels = [np.broadcast_to(xs[first], numbers[0]), *xs[first + 1 :]]
+    parts, shape = zip(*([(x, n) for x, n in zip(labels, numbers, strict=True) if n != 1] or [(ONE, 1)]), strict=True)
+    wanted = [n for n in others if n != 1]
+    made = iter(_block(site, list(parts), list(wanted), list(shape)) if wanted else [])
+    inner = [next(made) if n != 1 else None for n in others]
+    reason = "merged with an axis of unknown size"
+    outer = [site.pinned(None, reason) for _ in sizes[:start]]
+    return [*outer, *(site.pinned(None, reason) if x is None else x for x in inner)]
+
+
+def _inner(sizes: list[Dim]) -> tuple[tuple[str, ...], int, list[int]] | None:
+    """The symbols, the last axis that has some, and its number with those of the axes after it; None where numbers are outside."""
+    split = [monomial(size) for size in sizes]
+    last = max((i for i, (_, names) in enumerate(split) if names), default=-1)
+    if last < 0 or any(number != 1 for number, _ in split[:last]):
+        return None
+    symbols = tuple(sorted(name for _, names in split for name in names))
+    return symbols, last, [number for number, _ in split[last:]]
 
 
 def _refined(site: Site, xs: Axes, sizes: list[int]) -> Axes:

@@ -161,7 +161,7 @@ def _upstream(model: Model, wanted: Request) -> set[int]:
 def _scene(model: Model, context: Context, dims: Dims, chosen: Sequence[Group]) -> _Scene:
     counted = costs(model, context.get(shapes, model))
     weights, sizes = weight_terms(model)
-    holds = holdings(chosen, dims, [*sizes, *counted.sizes])
+    holds = holdings(chosen, dims, {**sizes, **counted.sizes})
     return _Scene(holds, Freed(weights, sizes), Freed(mac_terms(counted), counted.sizes), counted)
 
 

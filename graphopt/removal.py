@@ -17,6 +17,7 @@ from graphopt.dim_rules import zeroable
 from graphopt.errors import ModelError
 from graphopt.model import Model
 from graphopt.repair_rules import REPAIR, Cut
+from graphopt.symbols import monomial
 
 
 def remove(model: Model, dims: Dims, labels: Collection[int] | np.ndarray) -> int:
@@ -41,10 +42,19 @@ def remove(model: Model, dims: Dims, labels: Collection[int] | np.ndarray) -> in
             tensor.values = _sliced(np.asarray(tensor.values), axes)
             changed += 1
         elif tensor is not None and tensor.shape is not None:
-            tensor.shape = [int(axes[i].sum()) if i in axes else size for i, size in enumerate(tensor.shape)]
+            tensor.shape = [_shrunk(size, axes[i]) if i in axes else size for i, size in enumerate(tensor.shape)]
     if cut.insert():
         model.sort()
     return changed
+
+
+def _shrunk(size: int | str | None, mask: np.ndarray) -> int | str | None:
+    """A size with what is left: 12 is 9, 12*batch is 9*batch."""
+    if isinstance(size, int):
+        return int(mask.sum())
+    number, names = monomial(size)
+    factor = number * int(mask.sum()) // mask.size
+    return None if number % mask.size else "*".join([*([str(factor)] if factor != 1 else []), *names])
 
 
 def zero(model: Model, dims: Dims, labels: Collection[int] | np.ndarray) -> int:

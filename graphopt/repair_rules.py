@@ -13,6 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.dim_labels import Dims
+from graphopt.dim_rules import looks_elsewhere
 from graphopt.edit import constant_value, replace_uses, set_input
 from graphopt.model import Model
 from graphopt.operands import Names, has_input, operand, set_operand
@@ -33,8 +34,15 @@ class Cut:
         self.names = Names(self.model)
 
     def sizes(self, tensor: gs.Tensor) -> dict[int, int]:
-        """New sizes of the axes that shrink."""
-        return {axis: int(mask.sum()) for axis, mask in self.kept.get(tensor.name, {}).items()}
+        """New sizes of the axes that shrink and whose size is a number."""
+        shape = self.shape(tensor)
+        return {axis: int(mask.sum()) for axis, mask in self.kept.get(tensor.name, {}).items() if isinstance(shape[axis], int)}
+
+    def scales(self, tensor: gs.Tensor) -> dict[int, tuple[int, int]]:
+        """Of the dynamic axes that shrink, how many of how many indices stay: of 12*batch, say 9 of every 12."""
+        shape = self.shape(tensor)
+        shrunk = self.kept.get(tensor.name, {}).items()
+        return {axis: (int(mask.sum()), mask.size) for axis, mask in shrunk if not isinstance(shape[axis], int)}
 
     def shape(self, tensor: gs.Tensor) -> Shape:
         """The shape before."""
@@ -62,8 +70,19 @@ class Cut:
         self._added.append((gs.Node("Where", self.names.fresh(f"{beside.name}_sizes"), {}, inputs, [result]), beside))
         return result
 
+    def scaled(self, sizes: gs.Tensor, scales: Mapping[int, tuple[int, int]], beside: gs.Node) -> gs.Tensor:
+        """A computed 1-D tensor of sizes with some of them multiplied by a fraction, which comes out exactly."""
+        length = int(self.shape(sizes)[0] or 0)
+        for op, part in (("Mul", 0), ("Div", 1)):
+            factors = np.array([scales[i][part] if i in scales else 1 for i in range(length)], np.int64)
+            result = gs.Variable(self.names.fresh(sizes.name), np.dtype(np.int64), [length])
+            inputs = [sizes, self.names.constant(f"{result.name}_{op.lower()}", factors)]
+            self._added.append((gs.Node(op, self.names.fresh(f"{beside.name}_sizes"), {}, inputs, [result]), beside))
+            sizes = result
+        return sizes
+
     def insert(self) -> int:
-        """Put the nodes made by `corrected` into their graphs."""
+        """Put the nodes made by `corrected` and `scaled` into their graphs."""
         home = {id(node): graph for graph in self.model.graphs() for node in graph.nodes} if self._added else {}
         for node, beside in self._added:
             home[id(beside)].nodes.append(node)
@@ -86,7 +105,7 @@ def _target(index: int) -> Repair:
 
     def repair(node: gs.Node, cut: Cut) -> None:
         new, y = cut.sizes(node.outputs[0]), node.outputs[0]
-        if not new or not has_input(node, index):
+        if not (new or cut.scales(y)) or not has_input(node, index):
             return
         sizes = _by_position(node, cut, new) if node.op == "Reshape" and constant_value(node.inputs[index]) is None else None
         if sizes is not None:
@@ -96,6 +115,10 @@ def _target(index: int) -> Repair:
             fixed = {i: size for i, size in enumerate(cut.shape(y)) if i in cut.sizes(node.inputs[0]) and isinstance(size, int)}
             new = {**fixed, **new}
         offset = len(cut.shape(y)) - int(cut.shape(node.inputs[index])[0] or 0)  # Expand aligns to the right
+        values = cut.dims.shapes.value(node.inputs[index].name) or ()  # numbers here are no sizes: 0 copies, -1 is what is left
+        scales = {a - offset: s for a, s in cut.scales(y).items() if a >= offset and isinstance(values[a - offset], str)}
+        if scales:
+            set_input(node, index, cut.scaled(node.inputs[index], scales, node))
         new = {axis - offset: size for axis, size in new.items() if axis >= offset}
         if new:
             set_input(node, index, cut.corrected(node.inputs[index], new, node))
@@ -218,7 +241,7 @@ def _shape(node: gs.Node, cut: Cut) -> None:
     read = list(range(len(shape)))[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
     old = {i: size for i, axis in enumerate(read) if axis in cut.sizes(node.inputs[0]) and isinstance(size := shape[axis], int)}
     y, readers = node.outputs[0], list({id(n): n for n in node.outputs[0].outputs}.values())
-    touched = [reader for reader in readers if not _looks_elsewhere(reader, old, len(read))]
+    touched = [reader for reader in readers if not looks_elsewhere(reader, old, len(read))]
     if not old or not touched:
         return
     known = [shape[axis] for axis in read]
@@ -229,12 +252,6 @@ def _shape(node: gs.Node, cut: Cut) -> None:
     for reader in touched:
         for index in [i for i, tensor in enumerate(reader.inputs) if tensor is y]:
             set_input(reader, index, corrected)
-
-
-def _looks_elsewhere(reader: gs.Node, changed: Mapping[int, int], length: int) -> bool:
-    """Whether a node picks only sizes that stay (Shape -> Gather)."""
-    indices = constant_value(reader.inputs[1]) if reader.op == "Gather" and not reader.domain else None
-    return indices is not None and all(int(i) % length not in changed for i in np.ravel(indices))
 
 
 REPAIR: dict[str, Repair] = {

@@ -227,3 +227,11 @@ def _position(size: Size, index: Size) -> Size:
     if not_negative(subtract(size, absolute)):
         return absolute
     return size if not_negative(subtract(absolute, size)) else None
+
+
+def monomial(size: int | str | None) -> tuple[int, tuple[str, ...]]:
+    """A size, as the public API shows it, as a number times symbols: '12*batch' is (12, ('batch',)); a sum is one symbol."""
+    if isinstance(size, int):
+        return size, ()
+    parts = re.fullmatch(r"(?:(\d+)\*)?([^\s+\-*/()']+(?:\*[^\s+\-*/()']+)*)", size or "?")
+    return (int(parts[1] or 1), tuple(sorted(parts[2].split("*")))) if parts else (1, (size or "?",))

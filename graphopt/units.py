@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import gcd, lcm, prod
 
 import numpy as np
@@ -27,8 +27,11 @@ def mac_terms(costs: Costs) -> list[Term]:
     return [term for node in costs.nodes for term in node.terms]
 
 
-def holdings(groups: Sequence[Group], dims: Dims, axes: Iterable[Axis]) -> list[Holds]:
-    """For each group, those of the given axes it has indices of, and how many each of its units holds."""
+def holdings(groups: Sequence[Group], dims: Dims, sizes: Mapping[Axis, int]) -> list[Holds]:
+    """For each group, those of the axes of these sizes it has indices of, and how many each of its units holds.
+
+    The labels of a dynamic axis repeat (12*batch has 12): there the size says how often.
+    """
     found: list[Holds] = [{} for _ in groups]
     if not groups:
         return found
@@ -37,7 +40,7 @@ def holdings(groups: Sequence[Group], dims: Dims, axes: Iterable[Axis]) -> list[
     group_of = np.concatenate([np.full(len(g.units), i) for i, g in enumerate(groups)])[order]
     position_of = np.concatenate([np.arange(len(g.units)) for g in groups])[order]
     units = units[order]
-    for tensor, axis in dict.fromkeys(axes):
+    for (tensor, axis), size in sizes.items():
         labels = dims.labels(tensor)
         if labels is None:
             continue
@@ -45,7 +48,8 @@ def holdings(groups: Sequence[Group], dims: Dims, axes: Iterable[Axis]) -> list[
         places = places[units[places] == labels[axis]]
         for index in np.unique(group_of[places]):
             mine = position_of[places[group_of[places] == index]]
-            found[index][tensor, axis] = np.bincount(mine, minlength=len(groups[index].units))
+            times = max(size // len(labels[axis]), 1)
+            found[index][tensor, axis] = times * np.bincount(mine, minlength=len(groups[index].units))
     return found
 
 
