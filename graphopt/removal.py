@@ -27,7 +27,7 @@ def remove(model: Model, dims: Dims, labels: Collection[int] | np.ndarray) -> in
     Shapes of intermediate tensors follow; nodes that only computed a size that is now constant are left dead. Raises ModelError
     where a label is pinned or a tensor would become empty.
     """
-    kept = _kept(dims, labels)
+    kept = kept_masks(dims, labels)
     if not kept:
         return 0
     tensors = model.tensors()
@@ -63,7 +63,7 @@ def zero(model: Model, dims: Dims, labels: Collection[int] | np.ndarray) -> int:
     The weights that read the units are among them, so it does not matter what value a unit takes: of a Sigmoid it is 0.5.
     """
     changed = 0
-    kept = _kept(dims, labels)
+    kept = kept_masks(dims, labels)
     for constant in model.constants():
         if constant.name not in kept or not zeroable(constant):
             continue
@@ -75,7 +75,7 @@ def zero(model: Model, dims: Dims, labels: Collection[int] | np.ndarray) -> int:
     return changed
 
 
-def _kept(dims: Dims, labels: Collection[int] | np.ndarray) -> dict[str, dict[int, np.ndarray]]:
+def kept_masks(dims: Dims, labels: Collection[int] | np.ndarray) -> dict[str, dict[int, np.ndarray]]:
     """Tensor -> axis -> which indices stay, of those that lose some. Raises ModelError where nothing would stay."""
     chosen = np.asarray(list(labels), np.int64)
     if chosen.size and (chosen.min() < 1 or chosen.max() >= dims.root_count()):

@@ -1,0 +1,122 @@
+"""How far a model's outputs are from the original's on calibration rows: what pruning and repair are judged by, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.data import Dataset
+from graphopt.feeds import fixed_batch, padded, row_count
+from graphopt.model import Model
+from graphopt.runtime import run, session
+from graphopt.walk import Values
+
+_THROUGH = frozenset({"Identity", "Squeeze", "Unsqueeze", "Cast"})
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Score:
+    """A tensor by which outputs are compared; `logits`: a softmax follows, so that only differences within the last axis count."""
+
+    tensor: str
+    logits: bool
+
+
+def scores(model: Model) -> list[Score]:
+    """For each floating-point output: itself, or what goes into the Softmax that makes it."""
+    found = []
+    for output in model.graph.outputs:
+        tensor = output
+        while len(tensor.inputs) == 1 and tensor.inputs[0].op in _THROUGH and not tensor.inputs[0].domain:
+            tensor = tensor.inputs[0].inputs[0]
+        before = tensor.inputs[0] if len(tensor.inputs) == 1 else None
+        if before is not None and before.op in ("Softmax", "LogSoftmax") and not isinstance(before.inputs[0], gs.Constant):
+            found.append(Score(before.inputs[0].name, True))
+        elif output.dtype is None or np.dtype(output.dtype).kind == "f":
+            found.append(Score(output.name, False))
+    return found
+
+
+def centred(score: Score, values: np.ndarray) -> np.ndarray:
+    """float64; what a softmax cannot see taken away."""
+    wide = values.astype(np.float64)
+    return wide - wide.mean(-1, keepdims=True) if score.logits else wide
+
+
+@dataclass
+class Answers:
+    """The original's scored tensors on rows, batch by batch, and the spread that errors are relative to."""
+
+    feeds: list[Values]
+    rows: list[int]
+    values: list[list[np.ndarray]]
+    scored: list[Score]
+
+
+def answers(model: Model, dataset: Dataset, *, held: int | None = None, limit: int | None = None) -> Answers:
+    """Run the original once. `held`: only every so many rows (the last of each `held`); `limit`: at most so many rows."""
+    scored = scores(model)
+    runner = session(with_outputs(model, [s.tensor for s in scored]))
+    fixed = fixed_batch(dataset.inputs)
+    feeds, rows, values, first = [], [], [], 0
+    for feed in dataset.batches(_BATCH):
+        count = row_count(feed) or 1
+        chosen = np.arange(count)
+        if held is not None and not fixed and not dataset.as_given:
+            chosen = chosen[(first + chosen) % held == held - 1]
+        elif held is not None and (len(rows) + first) % held != held - 1 and first:
+            chosen = chosen[:0]
+        first += count
+        if not chosen.size:
+            continue
+        part = {name: value[chosen] if len(value) == count else value for name, value in feed.items()}
+        whole = dict(padded(part, fixed)) if fixed else part
+        feeds.append(whole)
+        rows.append(len(chosen))
+        values.append([np.asarray(v) for v in run(runner, whole, [s.tensor for s in scored])])
+        if limit is not None and sum(rows) >= limit:
+            break
+    return Answers(feeds, rows, values, scored)
+
+
+def with_outputs(model: Model, names: Sequence[str]) -> bytes:
+    """The model as bytes with these tensors as its outputs."""
+    proto = model.proto()
+    del proto.graph.output[:]
+    for name in dict.fromkeys(names):
+        proto.graph.output.add(name=name)
+    return proto.SerializeToString()
+
+
+def _mask(feed: Values, value: np.ndarray) -> np.ndarray | None:
+    mask = feed.get("attention_mask")
+    fits = mask is not None and value.ndim == mask.ndim + 1 and value.shape[: mask.ndim] == mask.shape
+    return mask.astype(bool) if mask is not None and fits else None
+
+
+def error(truth: Answers, found: Sequence[Sequence[np.ndarray]]) -> float:
+    """Squared error over all scored tensors, each relative to its own variance over rows; the mean of them. Padded tokens are left out."""
+    totals = []
+    for index, score in enumerate(truth.scored):
+        wrong = total = count = 0.0
+        shift: np.ndarray | float | None = None
+        for feed, rows, old, new in zip(truth.feeds, truth.rows, truth.values, found, strict=True):
+            a, b, mask = centred(score, old[index]), centred(score, new[index]), _mask(feed, old[index])
+            a, b = (a[mask], b[mask]) if mask is not None else (a[:rows], b[:rows])
+            shift = a.mean(0) if shift is None and a.ndim > 1 else (0.0 if shift is None else shift)
+            wrong += float(np.square(a - b).sum())
+            total += float(np.square(a - shift).sum())
+            count += a.size
+        totals.append(wrong / max(total, 1e-30))
+    return float(np.mean(totals)) if totals else 0.0
+
+
+def outputs_of(model: Model, truth: Answers) -> list[list[np.ndarray]]:
+    """The model's scored tensors on the same feeds."""
+    names = [s.tensor for s in truth.scored]
+    runner = session(with_outputs(model, names))
+    return [[np.asarray(v) for v in run(runner, feed, names)] for feed in truth.feeds]

@@ -1,0 +1,319 @@
+"""Closed-form repair: each linear layer is refitted, in order, to what it computed before units were removed.
+
+Inputs come from the model as repaired so far, targets from the model before; where the output of a layer is added to something, the
+target is what the sum was, minus what that something has become. No labels, no gradients: means and covariances of sampled rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from graphopt.baseline import Baseline
+from graphopt.context import Context
+from graphopt.edit import peek
+from graphopt.errors import DataError, PassError
+from graphopt.gram import Fit, Gram, Moments, inputs_at, outputs_at, positions, spread
+from graphopt.layers import Layer, find_layers, from_matrix, to_matrix
+from graphopt.model import Model
+from graphopt.shapes import shapes
+from graphopt.walk import Store, Values, Walk, feeds_of
+
+Mode = Literal["sequential", "matched", "local"]
+ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)
+HELD = 4  # every so many rows is kept from the fit and judges it
+_ROWS = 16384  # sampled rows of a layer, at least
+_PER_FEATURE = 8  # sampled rows by feature
+_SPARSE = 0.2  # share of zeros from which a weight counts as sparse, and keeps its zeros
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to repair: as it is and as it was, how many such layers lie before it, and what is added that is final by then."""
+
+    now: Layer
+    was: Layer
+    level: int
+    other: str | None
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What was fitted to a layer: squared errors on held-out rows, relative to the variance of the target."""
+
+    layer: str
+    op: str
+    method: str
+    before: float
+    after: float
+
+
+@dataclass
+class Patch:
+    """New weights by name, biases to be added by node, and how each layer fared."""
+
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    added: dict[str, np.ndarray] = field(default_factory=dict)
+    layers: list[Repaired] = field(default_factory=list)
+
+
+# ---- what to repair
+
+
+def targets(model: Model, baseline: Baseline) -> list[Target]:
+    """The layers whose inputs are not what they were, in order; the baseline must have them too."""
+    was = {layer.node: layer for layer in find_layers(baseline.model)[0]}
+    now = {layer.node: layer for layer in find_layers(model)[0] if layer.node in was}
+    moved = _moved(model, baseline)
+    depth: dict[str, int] = {}
+    wrong: set[str] = set()
+    found: list[tuple[Layer, int]] = []
+    for node in model.graph.nodes:
+        reads = [t.name for t in node.inputs if t.name]
+        level = max((depth.get(name, 0) for name in reads), default=0)
+        layer = now.get(node.name)
+        stale = any(name in wrong for name in reads)
+        if layer is not None:
+            lost = baseline.indices(layer.weight, layer.in_axis) is not None and layer.groups == 1
+            stale = stale or lost or layer.weight in moved
+            if stale:
+                level += 1
+                found.append((layer, level))
+        else:
+            stale = stale or any(name in moved or name in baseline.kept for name in reads)
+        for out in node.outputs:
+            depth[out.name] = level
+            if stale:
+                wrong.add(out.name)
+    return [Target(n, was[n.node], level, _addend(n, was[n.node], level, depth)) for n, level in found]
+
+
+def _moved(model: Model, baseline: Baseline) -> set[str]:
+    """Constants whose values are not those of the baseline, beside what was removed."""
+    before = {c.name: c for c in baseline.model.constants()}
+    found = set()
+    for constant in model.constants():
+        old = before.get(constant.name)
+        if old is None:
+            found.add(constant.name)
+        elif constant.name not in baseline.kept and not np.array_equal(peek(constant), peek(old)):
+            found.add(constant.name)
+        elif constant.name in baseline.kept and not np.array_equal(peek(constant), _cut(baseline, constant.name, peek(old))):
+            found.add(constant.name)
+    return found
+
+
+def _cut(baseline: Baseline, name: str, values: np.ndarray, axes: Sequence[int] | None = None) -> np.ndarray:
+    """The part of a baseline's array that is still there."""
+    for axis, indices in baseline.kept.get(name, {}).items():
+        if axes is None or axis in axes:
+            values = np.take(values, indices, axis)
+    return values
+
+
+def _addend(now: Layer, was: Layer, level: int, depth: dict[str, int]) -> str | None:
+    same = now.other is not None and now.other == was.other
+    return now.other if same and depth.get(now.other or "", 0) < level else None
+
+
+# ---- the rows of one batch
+
+
+@dataclass
+class _Rows:
+    """Sums of one layer: what it reads now, and what it read before (for local fits), fitted and held rows apart."""
+
+    fit: Gram = field(default_factory=Gram)
+    held: Gram = field(default_factory=Gram)
+    local: Gram = field(default_factory=Gram)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows before this batch, rows that count, and which tokens of them do (an attention mask), by batch number."""
+
+    first: int
+    rows: int
+    mask: np.ndarray | None
+
+
+def fill(dataset: Dataset, stores: Sequence[Store]) -> list[Batch]:
+    """Put the feeds into every store."""
+    batches: list[Batch] = []
+    first = 0
+    for number, (feed, rows) in enumerate(feeds_of(dataset)):
+        mask = feed.get("attention_mask")
+        usable = mask is not None and mask.ndim == 2 and bool(np.isin(mask, (0, 1)).all())
+        batches.append(Batch(first, rows, mask.astype(bool) if usable and mask is not None else None))
+        first += rows
+        for store in stores:
+            store[number] = dict(feed)
+    return batches
+
+
+def chosen_rows(layer: Layer, shape: tuple[int, ...], batch: Batch, total: int, features: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the layer's output to look at, and whether each is of a held row."""
+    wanted = max(_ROWS, _PER_FEATURE * features)
+    at = positions(layer, shape, -(-wanted * batch.rows // max(total, 1)), seed)
+    lead = spread(layer, shape)
+    size, first = int(np.prod(lead, dtype=np.int64)), lead[0]
+    if batch.mask is not None and lead == batch.mask.shape:
+        at = at[batch.mask.ravel()[at]]
+    whole = len(batch.mask) if batch.mask is not None else first
+    rows = at // max(1, size // max(1, whole)) if whole and size % whole == 0 else at
+    at, rows = at[rows < batch.rows], rows[rows < batch.rows]
+    return at, (batch.first + rows) % HELD == HELD - 1
+
+
+class _Collector:
+    """Adds the rows of one level's layers, batch by batch."""
+
+    def __init__(self, level: Sequence[Target], baseline: Baseline, total: int, local: bool) -> None:
+        self.rows = {target.now.node: _Rows() for target in level}
+        self.level, self.baseline, self.total, self.local = level, baseline, total, local
+
+    def add(self, number: int, batch: Batch, was: Values, now: Values) -> None:
+        for order, target in enumerate(self.level):
+            layer, kept = target.now, self.baseline
+            y = _narrowed(was[target.was.y], kept.indices(target.was.weight, target.was.out_axis), layer.channel_axis)
+            x = now[layer.x]
+            features = x.shape[layer.channel_axis] if layer.groups == 1 else 1
+            features *= int(np.prod(layer.window.kernel)) if layer.window else 1
+            at, held = chosen_rows(layer, y.shape, batch, self.total, features, (target.level * 1000 + order) * 10007 + number)
+            out = spread(layer, y.shape)
+            wanted = outputs_at(layer, y, at)
+            rows = self.rows[layer.node]
+            if self.local:
+                before = _narrowed(was[target.was.x], _inputs_kept(kept, target.was), layer.channel_axis)
+                rows.local.add(inputs_at(layer, before, out, at), wanted)
+            if target.other is not None and was[target.other].shape == was[target.was.y].shape:
+                shifted = _narrowed(was[target.other], kept.indices(target.was.weight, target.was.out_axis), layer.channel_axis)
+                wanted = wanted + outputs_at(layer, shifted, at) - outputs_at(layer, now[target.other], at)
+            found = inputs_at(layer, x, out, at)
+            rows.fit.add(found[~held], wanted[~held])
+            rows.held.add(found[held], wanted[held])
+
+
+def _inputs_kept(baseline: Baseline, layer: Layer) -> np.ndarray | None:
+    return baseline.indices(layer.weight, layer.in_axis)
+
+
+def _narrowed(values: np.ndarray, indices: np.ndarray | None, axis: int) -> np.ndarray:
+    return values if indices is None else np.take(values, indices, axis)
+
+
+# ---- fitting
+
+
+def _fitted(rows: _Rows, layer: Layer, start: np.ndarray, bias: np.ndarray, mode: Mode) -> tuple[Fit, str, float, float]:
+    """The best fit on held rows, made again on all rows; how it was made, and held errors before and after."""
+    fit, held = rows.fit.moments(), rows.held.moments()
+    old: Fit = (start, bias)
+    whole = fit.joined(held)
+    sparse = layer.groups == 1 and float((start == 0).mean()) > _SPARSE
+    makers: dict[str, Callable[[Moments], Fit]] = {"none": lambda m: old}
+    if layer.bias is not None or layer.addable:
+        makers["bias"] = lambda m: m.centred(old)
+        for alpha in ALPHAS:
+            makers[f"ridge {alpha:g}"] = (lambda a: lambda m: (m.supported if sparse else m.ridge)(start, a))(alpha)
+        if rows.local.count and not sparse:
+            before = rows.local.moments()
+            for alpha in ALPHAS[1:]:
+                makers[f"local {alpha:g}"] = (lambda a: lambda m: m.centred(before.ridge(start, a)))(alpha)
+    errors = {name: held.error(make(fit)) for name, make in makers.items()}
+    pool = [n for n in makers if not n.startswith("ridge")] if mode == "local" else list(makers)
+    best = min(pool, key=lambda n: errors[n])
+    chosen = makers[best](whole)
+    if mode != "sequential" and best != "none":
+        chosen = whole.matched(chosen)
+    return chosen, best, errors["none"], errors[best]
+
+
+@dataclass
+class _Run:
+    """One repair in progress."""
+
+    model: Model
+    baseline: Baseline
+    walk: Walk
+    patch: Patch
+    weights: dict[str, np.ndarray]
+
+    def finish(self, target: Target, rows: _Rows, mode: Mode) -> None:
+        layer = target.now
+        weight = self.weights[layer.weight]
+        start = to_matrix(layer, weight).astype(np.float64)
+        outputs = start.shape[0] * start.shape[2]
+        bias = self.weights[layer.bias].astype(np.float64).reshape(start.shape[0], -1) if layer.bias else np.zeros((start.shape[0], start.shape[2]))
+        if not rows.fit.count or not rows.held.count:
+            return
+        (matrix, offset), method, before, after = _fitted(rows, layer, start, bias, mode)
+        self.patch.layers.append(Repaired(layer.node, layer.op, method, before, after))
+        if method == "none":
+            return
+        values = from_matrix(layer, matrix, weight)
+        self.patch.weights[layer.weight] = values
+        self.walk.set_weight(layer.weight, values)
+        flat = offset.reshape(outputs).astype(np.float32)
+        if layer.bias:
+            flat = flat.reshape(self.weights[layer.bias].shape)
+            self.patch.weights[layer.bias] = flat
+            self.walk.set_weight(layer.bias, flat)
+        else:
+            self.patch.added[layer.node] = flat
+            self.walk.set_weight(f"{layer.node}/bias", flat)
+            self.walk.set_input(layer.node, 2, f"{layer.node}/bias")
+
+
+def repair(model: Model, baseline: Baseline, context: Context, found: Sequence[Target], mode: Mode) -> Patch:
+    """New weights for these layers (`targets`); the model is not touched. DataError where an activation is not finite."""
+    assert context.calibration is not None
+    levels = [[t for t in found if t.level == level] for level in range(1, max((t.level for t in found), default=0) + 1)]
+    local = mode == "local"
+    ours = [sorted({n for t in level for n in (t.now.x, t.other) if n}) for level in levels]
+    theirs = [sorted({n for t in level for n in (t.was.y, t.other, t.was.x if local else None) if n}) for level in levels]
+    patch = Patch()
+    with Store() as before, Store() as after:
+        batches = fill(context.calibration, [before, after])
+        was = Walk(baseline.model, shapes(baseline.model).dtypes, theirs, before)
+        now = Walk(model, context.get(shapes, model).dtypes, ours, after)
+        used = {n for t in found for n in (t.now.weight, t.now.bias) if n}
+        run = _Run(model, baseline, now, patch, {c.name: peek(c) for c in model.constants() if c.name in used})
+        total = sum(b.rows for b in batches)
+        for stage, level in enumerate(levels):
+            collector = _Collector(level, baseline, total, local)
+            for number, batch in enumerate(batches):
+                collector.add(number, batch, _finite(was.run(stage, number)), _finite(now.run(stage, number)))
+            for target in level:
+                run.finish(target, collector.rows[target.now.node], mode)
+            context.progress("repair", stage + 1, len(levels))
+    return patch
+
+
+def _finite(values: Values) -> Values:
+    for name, value in values.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise DataError(f"recover: tensor '{name}' holds NaN or Inf on the calibration rows; remove the row, or repair the model")
+    return values
+
+
+def apply(model: Model, patch: Patch) -> int:
+    """Put the new weights in; returns the number of constants changed or added."""
+    import onnx_graphsurgeon as gs
+
+    from graphopt.edit import set_input
+    from graphopt.operands import Names
+
+    constants = {c.name: c for c in model.constants()}
+    names = Names(model)
+    for name, values in patch.weights.items():
+        constants[name].values = values
+    nodes: dict[str, Any] = {n.name: n for n in model.graph.nodes}
+    for node, values in patch.added.items():
+        if node not in nodes:
+            raise PassError("recover", f"node '{node}' is gone")
+        set_input(nodes[node], 2, gs.Constant(names.fresh(f"{node}/bias"), values))
+    return len(patch.weights) + len(patch.added)

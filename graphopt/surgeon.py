@@ -1,0 +1,114 @@
+"""Greedy least squares: remove next what the layers that read it can best do without, and say what each removal costs.
+
+Optimal Brain Surgeon (Hassibi and Stork 1993) with whole units (Kurtic et al. 2022, arXiv:2203.07259; OSSCAR, arXiv:2403.12983):
+after each removal the remaining weights of all readers are, implicitly, the ridge solution on what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphopt.dims import Group
+from graphopt.readers import Reader
+
+ALPHA = 1e-3
+_DEPTH = 0.95  # share of a group's units that are ordered by removal; the rest keep the order they then have
+_STEPS = 96  # wide groups lose several units at a time
+
+
+@dataclass(frozen=True)
+class Order:
+    """Positions of units, the first to go first, and the summed cost when so many have gone (index 0: none)."""
+
+    order: np.ndarray
+    cost: np.ndarray
+
+
+@dataclass
+class _State:
+    """One reader's inverse covariance and matrix, rows by unit of the group first."""
+
+    inverse: np.ndarray
+    matrix: np.ndarray
+    rows: np.ndarray  # (units, features a unit)
+
+
+def order(group: Group, readers: Sequence[Reader], weights: Mapping[str, np.ndarray] | None = None) -> Order | None:
+    """The order of removal of a group; None where nothing that was measured reads it.
+
+    Costs are squared errors at the readers' outputs, each relative to its variance; `weights` (by node, of each output) replace that.
+    """
+    states = [s for s in (_state(r, group.units, weights) for r in readers) if s is not None]
+    if not states:
+        return None
+    size = len(group.units)
+    alive = np.arange(size)
+    gone: list[int] = []
+    costs: list[float] = []
+    chunk = max(1, size // _STEPS)
+    while len(gone) < int(size * _DEPTH) and len(alive) > 1:
+        cost = np.sum([_costs(s, alive) for s in states], axis=0)
+        picked = np.argsort(cost, kind="stable")[: min(chunk, len(alive) - 1)]
+        for place in picked:
+            gone.append(int(alive[place]))
+            costs.append(float(cost[place]))
+        for state in states:
+            for unit in alive[picked]:
+                _eliminate(state, int(unit))
+        alive = np.delete(alive, picked)
+    rest = np.sum([_costs(s, alive) for s in states], axis=0)
+    tail = np.argsort(rest, kind="stable")
+    gone += alive[tail].tolist()
+    costs += np.maximum.accumulate(rest[tail]).tolist()
+    return Order(np.array(gone), np.concatenate([[0.0], np.cumsum(np.maximum(costs, 0))]))
+
+
+def _state(reader: Reader, units: np.ndarray, weights: Mapping[str, np.ndarray] | None) -> _State | None:
+    rows = reader.features(units)
+    if not rows.size:
+        return None
+    covariance = reader.moments.cov[0]
+    size = len(covariance)
+    strength = ALPHA * np.trace(covariance) / size + 1e-10
+    inverse = np.linalg.inv(covariance + strength * np.eye(size))
+    weight = weights.get(reader.layer.node) if weights is not None else None
+    scale = np.sqrt(weight) if weight is not None else np.full(reader.matrix.shape[1], (reader.spread + 1e-30) ** -0.5)
+    return _State(inverse, reader.matrix * scale, rows)
+
+
+def _costs(state: _State, alive: np.ndarray) -> np.ndarray:
+    """What the least squares fit loses when each unit goes: m' (H^-1 of its features)^-1 m."""
+    rows = state.rows[alive]
+    if rows.shape[1] == 1:
+        diagonal = state.inverse[rows[:, 0], rows[:, 0]]
+        found: np.ndarray = np.square(state.matrix[rows[:, 0]]).sum(1) / np.maximum(diagonal, 1e-30)
+        return np.where(rows[:, 0] >= 0, found, 0.0)
+    if (rows >= 0).all():
+        blocks = state.inverse[rows[:, :, None], rows[:, None, :]]
+        mine = state.matrix[rows]
+        return np.asarray((mine * np.linalg.solve(blocks, mine)).sum((1, 2)))
+    return np.array([_cost_of(state, r[r >= 0]) for r in rows])
+
+
+def _cost_of(state: _State, rows: np.ndarray) -> float:
+    mine = state.matrix[rows]
+    return float((mine * np.linalg.solve(state.inverse[np.ix_(rows, rows)], mine)).sum()) if rows.size else 0.0
+
+
+def _eliminate(state: _State, unit: int) -> None:
+    """Take the unit's features out: the others' weights and the inverse become those of the smaller problem."""
+    rows = state.rows[unit]
+    rows = rows[rows >= 0]
+    if not rows.size:
+        return
+    columns = state.inverse[:, rows].copy()
+    solved = np.linalg.solve(state.inverse[np.ix_(rows, rows)], np.concatenate([state.inverse[rows], state.matrix[rows]], 1))
+    size = len(state.inverse)
+    state.matrix -= columns @ solved[:, size:]
+    state.inverse -= columns @ solved[:, :size]
+    state.inverse[rows], state.inverse[:, rows] = 0, 0
+    state.inverse[rows, rows] = 1
+    state.matrix[rows] = 0
