@@ -6,15 +6,17 @@ higher stays. Only order and ratios within a group matter: `graphopt.allocate` m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.context import Context
+from graphopt.cost import Axis
 from graphopt.dims import Group, Slice
 from graphopt.edit import peek
-from graphopt.errors import OptionError
+from graphopt.errors import OptionError, PassError
 from graphopt.model import Model
 from graphopt.probes import mean_magnitudes
 from graphopt.registry import REGISTRY, suggest
@@ -39,6 +41,8 @@ def criterion(name: str) -> Callable[[Criterion], Criterion]:
 
 def find_criterion(name: str, owner: str = "prune-channels") -> Criterion:
     """The criterion of that name, built in or from a plugin; OptionError, of the pass `owner`, with the valid names."""
+    from graphopt import criteria_data  # noqa: F401 (it fills the table)
+
     if name not in CRITERIA:
         REGISTRY.load_entry_points()  # a packaged plugin may bring it
     if name not in CRITERIA:
@@ -129,23 +133,60 @@ def bn_scale(model: Model, context: Context, groups: Sequence[Group]) -> Scores:
 def activation(model: Model, context: Context, groups: Sequence[Group]) -> Scores:
     """Mean magnitude of a unit on calibration rows times the norm of the weights that read it (Sun et al. 2024, arXiv:2306.11695).
 
-    Groups that no Conv, ConvTranspose, Gemm, MatMul or recurrent op reads fall back on l2. Raises PassError without data.
+    Groups that no Conv, ConvTranspose, Gemm, MatMul or recurrent op reads fall back on l2. PassError without data.
+    """
+    need_data(context, "activation")
+    return weigh_reads(model, context, groups, mean_magnitudes, 1)
+
+
+def need_data(context: Context, name: str) -> None:
+    """PassError where the criterion of that name has no calibration rows to look at."""
+    if context.calibration is None:
+        raise PassError("prune", f"criterion '{name}' needs calibration data: give --calib PATH (or calibration=...)")
+
+
+def weigh_reads(
+    model: Model,
+    context: Context,
+    groups: Sequence[Group],
+    measure: Callable[[Model, Context, Collection[Axis]], Mapping[Axis, np.ndarray]],
+    power: int,
+) -> Scores:
+    """What is measured of a unit times the norm, to that power, of the weights that read it; relative to each weight, and added.
+
+    The root of that power of the sum. Groups that no weight reads, or of which nothing could be measured, fall back on l2.
     """
     tensors = model.tensors()
-    reads = [list(_reads(tensors, group)) for group in groups]
-    means = mean_magnitudes(model, context, {(tensor.name, axis) for found in reads for _, _, tensor, axis in found})
+    found = [list(reads(tensors, group)) for group in groups]
+    measured = measure(model, context, {(read.data.name, read.axis) for mine in found for read in mine})
     scores = l2(model, context, groups)
     fallbacks = 0
-    for i, (group, found) in enumerate(zip(groups, reads, strict=True)):
-        known = [(c, s, means[t.name, axis]) for c, s, t, axis in found if (t.name, axis) in means]
+    for i, (group, mine) in enumerate(zip(groups, found, strict=True)):
+        known = [(read, measured[read.data.name, read.axis]) for read in mine if (read.data.name, read.axis) in measured]
         fallbacks += not known
         if known:
-            scores[i] = np.zeros(len(group.units))
-            for constant, part, mean in known:
-                norms = np.sqrt(along(peek(constant), part.axis, 2))
-                scores[i] += relative(per_unit(group, part.labels, norms * mean))
+            total = np.zeros(len(group.units))
+            for read, values in known:
+                norms = along(peek(read.weight), read.part.axis, 2) ** (power / 2)
+                total += relative(per_unit(group, read.part.labels, norms * values))
+            scores[i] = total ** (1 / power)
     context.facts["groups_without_activations"] = fallbacks
     return scores
+
+
+class Read(NamedTuple):
+    """A weight that reads units of a group: their indices in it, and where it meets them: an axis of the data input of a node."""
+
+    weight: gs.Constant
+    part: Slice
+    node: gs.Node
+    input: int
+    axis: int
+
+    @property
+    def data(self) -> gs.Tensor:
+        """The tensor that is read."""
+        return self.node.inputs[self.input]
 
 
 # op -> (data input, weight input, the weight's axis that meets the data, the data's axis), of a node and the weight's rank
@@ -160,11 +201,11 @@ READERS: dict[str, Callable[[gs.Node, int], tuple[int, int, int, int]]] = {
 }
 
 
-def _reads(tensors: Mapping[str, gs.Tensor], group: Group) -> Iterator[tuple[gs.Constant, Slice, gs.Tensor, int]]:
-    """The weights that read the group's units, with the tensor and axis they meet there."""
+def reads(tensors: Mapping[str, gs.Tensor], group: Group) -> Iterator[Read]:
+    """The weights that read the group's units."""
     for constant, part in matrices(tensors, group):
         for node in constant.outputs:
             if node.op in READERS and not node.domain:
                 data, weight, axis, met = READERS[node.op](node, len(constant.shape))
                 if node.inputs[weight] is constant and part.axis == axis:
-                    yield constant, part, node.inputs[data], met
+                    yield Read(constant, part, node, data, met)

@@ -229,7 +229,7 @@ def program(model: Model, context: Context, spots: Collection[Spot], *, scalar: 
     PassError without data; ModelError where the opset is too old and cannot be raised.
     """
     if context.calibration is None:
-        raise PassError("gradients", "calibration data is needed: give --calib PATH (or calibration=...)")
+        raise PassError("prune", "calibration data is needed: give --calib PATH (or calibration=...)")
     model, known = _raised(model, context)
     proto = model.proto()
     tape = Tape(set(model.tensors()) | {n.name for n in model.nodes()}, model.opset)

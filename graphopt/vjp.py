@@ -180,6 +180,10 @@ class Vjp:
         """Append a node; numbers become scalars of the output's type."""
         return self.tape.op(kind, *(x if isinstance(x, str) else self.number(x) for x in inputs), **attributes)
 
+    def where(self, condition: str, g: str) -> str:
+        """g where the condition holds, else 0; g must be finite. As a product, onnxruntime takes a fifth of the time of a Where."""
+        return self.op("Mul", g, self.op("CastLike", condition, g))
+
     def like(self, g: str, tensor: str) -> str:
         """Reshaped to the tensor's shape."""
         return self.op("Reshape", g, self.tape.shape(tensor))

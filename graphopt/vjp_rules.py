@@ -21,14 +21,14 @@ UNARY: dict[str, Callable[[Vjp, str, str, str], str]] = {
     "Elu": lambda s, g, x, y: s.op("Where", s.op("Greater", x, 0.0), g, s.op("Mul", g, s.op("Add", y, float(s.attr("alpha"))))),
     "Erf": lambda s, g, x, y: s.op("Mul", g, s.op("Mul", s.op("Exp", s.op("Neg", s.op("Mul", x, x))), 2 / sqrt(pi))),
     "Exp": lambda s, g, x, y: s.op("Mul", g, y),
-    "HardSigmoid": lambda s, g, x, y: s.op("Where", _between(s, y, 0.0, 1.0), s.op("Mul", g, float(s.attr("alpha"))), 0.0),
+    "HardSigmoid": lambda s, g, x, y: s.where(_between(s, y, 0.0, 1.0), s.op("Mul", g, float(s.attr("alpha")))),
     "HardSwish": lambda s, g, x, y: s.op("Mul", g, _hard_swish(s, x)),
     "Identity": lambda s, g, x, y: g,
     "LeakyRelu": lambda s, g, x, y: s.op("Where", s.op("Greater", x, 0.0), g, s.op("Mul", g, float(s.attr("alpha")))),
     "Log": lambda s, g, x, y: s.op("Div", g, x),
     "Neg": lambda s, g, x, y: s.op("Neg", g),
     "Reciprocal": lambda s, g, x, y: s.op("Neg", s.op("Mul", g, s.op("Mul", y, y))),
-    "Relu": lambda s, g, x, y: s.op("Where", s.op("Greater", y, 0.0), g, 0.0),
+    "Relu": lambda s, g, x, y: s.where(s.op("Greater", y, 0.0), g),
     "Sigmoid": lambda s, g, x, y: s.op("Mul", g, s.op("Mul", y, s.op("Sub", 1.0, y))),
     "Sin": lambda s, g, x, y: s.op("Mul", g, s.op("Cos", x)),
     "Softplus": lambda s, g, x, y: s.op("Mul", g, s.op("Sigmoid", x)),
@@ -80,7 +80,7 @@ def clip(site: Vjp) -> Results:
     inside = [site.op(kind, site.y, site.x(index)) for kind, index in bounds if site.has(index)]
     if not inside:
         return [site.g]
-    return [site.op("Where", site.op("And", *inside) if len(inside) > 1 else inside[0], site.g, 0.0)]
+    return [site.where(site.op("And", *inside) if len(inside) > 1 else inside[0], site.g)]
 
 
 @vjp("Cast")
@@ -160,8 +160,8 @@ def where(site: Vjp) -> Results:
     return _each(
         site,
         lambda: site.g,  # the condition is boolean: never wanted
-        lambda: site.op("Where", site.x(), site.g, 0.0),
-        lambda: site.op("Where", site.x(), 0.0, site.g),
+        lambda: site.where(site.x(), site.g),
+        lambda: site.where(site.op("Not", site.x()), site.g),
     )
 
 
@@ -183,7 +183,7 @@ def extreme(site: Vjp) -> Results:
     if len(site.node.inputs) == 1:
         return [site.g]
     first = site.op("Equal", site.x(0), site.y)
-    return _each(site, lambda: site.op("Where", first, site.g, 0.0), lambda: site.op("Where", first, 0.0, site.g))
+    return _each(site, lambda: site.where(first, site.g), lambda: site.where(site.op("Not", first), site.g))
 
 
 # ---- normalisations
@@ -288,5 +288,5 @@ def global_max_pool(site: Vjp) -> Results:
 
 
 def _to_equal(site: Vjp, g: str, y: str, axes: Sequence[int]) -> str:
-    found = site.op("Where", site.op("Equal", site.x(), y), 1.0, 0.0)
+    found = site.op("CastLike", site.op("Equal", site.x(), y), g)
     return site.op("Mul", found, site.op("Div", g, site.tape.sum(found, axes)))
