@@ -62,7 +62,10 @@ def answers(model: Model, dataset: Dataset, *, held: int | None = None, limit: i
     scored = scores(model)
     runner = session(with_outputs(model, [s.tensor for s in scored]))
     fixed = fixed_batch(dataset.inputs)
-    feeds, rows, values, first = [], [], [], 0
+    feeds: list[Values] = []
+    rows: list[int] = []
+    values: list[list[np.ndarray]] = []
+    first = 0
     for feed in dataset.batches(_BATCH):
         count = row_count(feed) or 1
         chosen = np.arange(count)
@@ -89,7 +92,7 @@ def with_outputs(model: Model, names: Sequence[str]) -> bytes:
     del proto.graph.output[:]
     for name in dict.fromkeys(names):
         proto.graph.output.add(name=name)
-    return proto.SerializeToString()
+    return bytes(proto.SerializeToString())
 
 
 def _mask(feed: Values, value: np.ndarray) -> np.ndarray | None:

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from graphopt.agreement import Answers, answers
+from graphopt.data import Dataset
 from graphopt.model import Model, from_proto
 
+HELD = 4  # every so many rows is kept from fits, and judges them
 Kept = dict[str, dict[int, np.ndarray]]  # tensor -> axis -> indices into the baseline's axis, ascending
 
 
@@ -18,6 +21,7 @@ class Baseline:
 
     model: Model
     kept: Kept = field(default_factory=dict)
+    _held: tuple[int, Answers] | None = None
 
     def narrow(self, masks: Mapping[str, Mapping[int, np.ndarray]]) -> None:
         """Record a removal: of each tensor and axis, which of the indices that were left stay (`removal.kept`)."""
@@ -25,6 +29,16 @@ class Baseline:
             for axis, mask in axes.items():
                 before = self.kept.setdefault(name, {}).get(axis)
                 self.kept[name][axis] = np.flatnonzero(mask) if before is None else before[mask]
+
+    def copy(self) -> Baseline:
+        """Another record of the same model, to which removals can be added."""
+        return Baseline(self.model, {name: dict(axes) for name, axes in self.kept.items()}, self._held)
+
+    def held(self, data: Dataset) -> Answers:
+        """What the baseline answers on the rows that are kept from fits."""
+        if self._held is None or self._held[0] != id(data):
+            self._held = (id(data), answers(self.model, data, held=HELD))
+        return self._held[1]
 
     def indices(self, name: str, axis: int) -> np.ndarray | None:
         """The indices of that axis that are still there; None for all of them."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import onnx_graphsurgeon as gs
 
 if TYPE_CHECKING:
+    from graphopt.baseline import Baseline
     from graphopt.data import Dataset
     from graphopt.model import Model
     from graphopt.targets import Target
@@ -27,20 +28,33 @@ class Context:
     progress: Progress = lambda what, done, total: None
     rejected: Counter[tuple[str, str]] = field(default_factory=Counter)  # (reason, op) -> how often, in the running pass
     examples: dict[tuple[str, str], str] = field(default_factory=dict)  # the first node of each
+    baseline: Baseline | None = None  # the model before units or weights were removed, which repair aims at
+    keep_baseline: bool = True  # whether a later step may want it
     facts: dict[str, Any] = field(default_factory=dict)  # what the running pass tells the report, JSON values only
     _cached: dict[str, Any] = field(default_factory=dict)
 
     def get(self, analysis: Callable[[Model], T], model: Model) -> T:
         """The analysis of the model, computed once until a pass changes the model without keeping it."""
-        name = analysis.__name__
+        return self.cached(analysis.__name__, lambda: analysis(model))
+
+    def cached(self, name: str, make: Callable[[], T]) -> T:
+        """The same for what needs more than the model: whatever is stored under that name, made if it is not there."""
         if name not in self._cached:
-            self._cached[name] = analysis(model)
+            self._cached[name] = make()
         value: T = self._cached[name]
         return value
 
     def drop(self, keep: frozenset[str] = frozenset()) -> None:
         """Forget every analysis that is not in `keep`."""
         self._cached = {name: value for name, value in self._cached.items() if name in keep}
+
+    def remember(self, model: Model) -> Baseline | None:
+        """Before a removal: the model as it is, unless an earlier removal has been remembered; None where nothing will repair."""
+        if self.baseline is None and self.keep_baseline:
+            from graphopt.baseline import snapshot
+
+            self.baseline = snapshot(model)
+        return self.baseline
 
     def reject(self, node: gs.Node, reason: str) -> None:
         """Record that the running pass matched `node` and left it alone, and why (a short phrase without names)."""

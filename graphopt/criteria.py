@@ -41,7 +41,7 @@ def criterion(name: str) -> Callable[[Criterion], Criterion]:
 
 def find_criterion(name: str, owner: str = "prune-channels") -> Criterion:
     """The criterion of that name, built in or from a plugin; OptionError, of the pass `owner`, with the valid names."""
-    from graphopt import criteria_data  # noqa: F401 (it fills the table)
+    from graphopt import criteria_data, surgeon  # noqa: F401 (they fill the table)
 
     if name not in CRITERIA:
         REGISTRY.load_entry_points()  # a packaged plugin may bring it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -144,23 +145,24 @@ def outputs_at(layer: Layer, y: np.ndarray, at: np.ndarray) -> np.ndarray:
     """(positions, groups, outputs a group) of a tensor like the layer's output."""
     flat = np.moveaxis(y, layer.channel_axis, -1)
     flat = flat.reshape(-1, flat.shape[-1])[at] if layer.window is None else flat[np.unravel_index(at, flat.shape[:-1])]
-    return flat.reshape(len(at), -1, 1) if layer.groups > 1 else flat[:, None, :]
+    return np.asarray(flat.reshape(len(at), -1, 1) if layer.groups > 1 else flat[:, None, :])
 
 
 def inputs_at(layer: Layer, x: np.ndarray, out: tuple[int, ...], at: np.ndarray) -> np.ndarray:
     """(positions, groups, features) that the layer reads to make its output, `out` being that output's `spread`."""
     if layer.window is None:
-        return x.reshape(-1, x.shape[-1])[at][:, None, :]
+        return np.asarray(x.reshape(-1, x.shape[-1])[at][:, None, :])
     window = layer.window
     row, *places = np.unravel_index(at, out)
     padding = window.padding(x.shape[2:])
     if any(a or b for a, b in padding):
         x = np.pad(x, ((0, 0), (0, 0), *padding))
-    starts = [p * s for p, s in zip(places, window.strides, strict=True)]
+    starts = (p * s for p, s in zip(places, window.strides, strict=True))
+    where: Any = (row, slice(None), *starts)
     if set(window.kernel) == {1}:
-        found = x[(row, slice(None), *starts)]
+        found = x[where]
     else:
-        axes = tuple(range(2, x.ndim))
-        seen = np.lib.stride_tricks.sliding_window_view(x, window.extents, axis=axes)  # type: ignore[call-overload]
-        found = seen[(row, slice(None), *starts)][(..., *(slice(None, None, d) for d in window.dilations))]
-    return found.reshape(len(at), x.shape[1], -1) if layer.groups > 1 else found.reshape(len(at), 1, -1)
+        seen = np.lib.stride_tricks.sliding_window_view(x, window.extents, axis=tuple(range(2, x.ndim)))
+        spaced: Any = (..., *(slice(None, None, d) for d in window.dilations))
+        found = seen[where][spaced]
+    return np.asarray(found.reshape(len(at), x.shape[1], -1) if layer.groups > 1 else found.reshape(len(at), 1, -1))

@@ -80,7 +80,7 @@ def to_matrix(layer: Layer, weight: np.ndarray) -> np.ndarray:
     """The weight as (groups, features, outputs a group): of a convolution, features are (channel of the group, *kernel)."""
     if layer.window is None:
         return weight.T[None] if layer.transposed else weight[None]
-    return weight.reshape(layer.groups, weight.shape[0] // layer.groups, -1).transpose(0, 2, 1)
+    return np.asarray(weight.reshape(layer.groups, weight.shape[0] // layer.groups, -1).transpose(0, 2, 1))
 
 
 def from_matrix(layer: Layer, matrix: np.ndarray, like: np.ndarray) -> np.ndarray:

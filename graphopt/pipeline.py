@@ -206,6 +206,7 @@ def run(model: Model, steps: Sequence[Step], context: Context, hooks: Sequence[H
     missing = next((s.entry.name for s in steps if s.entry.needs_data and context.calibration is None), None)
     if missing:
         raise PassError(missing, "needs calibration data: give --calib PATH (or calibration=...)")
+    context.keep_baseline = any(s.entry.repairs for s in steps)
     results: list[StepResult] = []
     start = 0
     while start < len(steps):

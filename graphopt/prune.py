@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from math import ceil
 from typing import Literal
 
 import numpy as np
@@ -20,12 +21,16 @@ from graphopt.errors import OptionError, PassError
 from graphopt.groups_view import names_of, nodes_of, pinned, summarized
 from graphopt.inspect import is_quantized, quantization
 from graphopt.kinds import KINDS, Kind, kind_of
+from graphopt.layers import Layer, find_layers
 from graphopt.model import Model
 from graphopt.proto import subgraphs, walk
 from graphopt.registry import suggest
-from graphopt.removal import remove
+from graphopt.removal import kept_masks, remove
 from graphopt.shapes import shapes
 from graphopt.units import Freed, Holds, holdings, mac_terms, step_of, weight_terms
+from graphopt.worth import ABSOLUTE, Priority, by_score, measured, per_unit_freed
+
+Scope = Literal["uniform", "global", "sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -48,20 +53,26 @@ class _Scene:
 
 @dataclass(frozen=True)
 class Request:
-    """What a pass was asked to do; `name` is the pass, for messages, the rest is told in docs/pruning.md."""
+    """What a pass was asked to do; `name` is the pass, for messages, the rest is told in docs/pruning.md.
+
+    `least`: the share of its units that every group keeps, beside `minimum`. `streams`: also units that several layers write, as
+    the channels that run past residual blocks.
+    """
 
     name: str
     kinds: tuple[Kind, ...] = KINDS
     ratio: float | None = None
     macs: float | None = None
     params: float | None = None
-    scope: Literal["uniform", "global"] = "uniform"
+    scope: Scope = "uniform"
     criterion: str = "l2"
     round_to: int = 8
     minimum: int = 1
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     protect: tuple[str, ...] = ()
+    streams: bool = True
+    least: float = 0.0
 
 
 def prune_groups(model: Model, context: Context, wanted: Request) -> int:
@@ -69,6 +80,24 @@ def prune_groups(model: Model, context: Context, wanted: Request) -> int:
 
     Raises OptionError for options that make no sense, PassError for a quantised model or a target out of reach.
     """
+    labels, facts = plan_groups(model, context, wanted)
+    context.facts.update(facts)
+    if labels.size:
+        cut(model, context, labels)
+    return len(labels)
+
+
+def cut(model: Model, context: Context, labels: np.ndarray) -> None:
+    """Remove these units, and remember what the model was and what of it is left, for repair."""
+    dims = context.get(couple, model)
+    baseline = context.remember(model)
+    if baseline is not None:
+        baseline.narrow(kept_masks(dims, labels))
+    remove(model, dims, labels)
+
+
+def plan_groups(model: Model, context: Context, wanted: Request) -> tuple[np.ndarray, dict[str, object]]:
+    """The units to remove, and what the report should say; the model is not touched. Raises as `prune_groups`."""
     goal = _goal(wanted)
     if wanted.round_to < 1 or wanted.minimum < 1:
         raise OptionError(f"{wanted.name}: round_to and minimum must be at least 1, not {wanted.round_to} and {wanted.minimum}")
@@ -78,15 +107,35 @@ def prune_groups(model: Model, context: Context, wanted: Request) -> int:
     chosen = _choose(model, context, dims, wanted)
     scene = _scene(model, context, dims, chosen)
     scores = score(model, context, chosen) if chosen else []
-    candidates = _candidates(scene, chosen, scores, wanted)
+    worth = _worth(model, context, scene, chosen, scores, goal, wanted)
+    candidates = _candidates(scene, chosen, scores, worth, wanted)
     plan = _plan(scene, candidates, goal, wanted)
     loose = [replace(c, step=1) for c in candidates]
-    context.facts.update(_facts(model, dims, scene, candidates, plan, _plan(scene, loose, goal, wanted)))
-    context.facts["removed"] = _removed(model, dims, chosen, candidates, scores, plan)
+    facts = _facts(model, dims, scene, candidates, plan, _plan(scene, loose, goal, wanted))
+    facts["removed"] = _removed(model, dims, chosen, candidates, scores, plan)
     labels = [g.units[c.order[:k]] for g, c, k in zip(chosen, candidates, plan, strict=True) if k]
-    if labels:
-        remove(model, dims, np.concatenate(labels))
-    return sum(plan)
+    return np.concatenate([np.empty(0, np.int64), *labels]), facts
+
+
+def _worth(
+    model: Model,
+    context: Context,
+    scene: _Scene,
+    chosen: Sequence[Group],
+    scores: Sequence[np.ndarray],
+    goal: _Goal,
+    wanted: Request,
+) -> list[Priority | None]:
+    """What makes units of different groups comparable; None: LAMP, or for measured sensitivity that the group stays."""
+    if wanted.scope == "uniform" or not chosen:
+        return [None] * len(chosen)
+    freed = scene.parameters if goal.kind == "params" else scene.macs
+    each = {i: per_unit_freed(freed, holds) for i, holds in enumerate(scene.holds)}
+    if wanted.scope == "sensitivity":
+        return measured(model, context, chosen, each)
+    if wanted.criterion in ABSOLUTE:
+        return [by_score(score, each[i]) for i, score in enumerate(scores)]
+    return [None] * len(chosen)
 
 
 def _goal(wanted: Request) -> _Goal:
@@ -114,6 +163,7 @@ def _choose(model: Model, context: Context, dims: Dims, wanted: Request) -> list
     """The groups that may be pruned; why the others may not is recorded with the first of their nodes."""
     upstream = _upstream(model, wanted)
     tensors = model.tensors()
+    writers = [layer for layer in find_layers(model)[0] if layer.groups == 1]
     chosen = []
     for group in groups(model, dims):
         if kind_of(group, dims, tensors) not in wanted.kinds:
@@ -122,6 +172,7 @@ def _choose(model: Model, context: Context, dims: Dims, wanted: Request) -> list
         held = [tensors[s.tensor] for s in group.slices if s.tensor in tensors]
         names = [*(t.name for t in held), *(n.name for n in nodes)]
         checks = {
+            "several layers write it": not wanted.streams and _writers(group, dims, writers) > 1,
             "not included": bool(wanted.include) and not _matches(names, wanted.include),
             "excluded": _matches(names, wanted.exclude),
             "a protected output depends on it": any(id(n) in upstream for n in nodes),
@@ -133,6 +184,12 @@ def _choose(model: Model, context: Context, dims: Dims, wanted: Request) -> list
         elif nodes:
             context.reject(nodes[0], reason)
     return chosen
+
+
+def _writers(group: Group, dims: Dims, layers: Sequence[Layer]) -> int:
+    """How many distinct inputs the layers that write the group's units have: query, key and value of a head count as one."""
+    labels = {layer: dims.labels(layer.weight) for layer in layers}
+    return len({layer.x for layer, axes in labels.items() if axes and np.isin(group.units, axes[layer.out_axis]).any()})
 
 
 def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
@@ -165,16 +222,21 @@ def _scene(model: Model, context: Context, dims: Dims, chosen: Sequence[Group]) 
     return _Scene(holds, Freed(weights, sizes), Freed(mac_terms(counted), counted.sizes), counted)
 
 
-def _candidates(scene: _Scene, chosen: Sequence[Group], scores: Sequence[np.ndarray], wanted: Request) -> list[Candidate]:
+def _candidates(
+    scene: _Scene, chosen: Sequence[Group], scores: Sequence[np.ndarray], worth: Sequence[Priority | None], wanted: Request
+) -> list[Candidate]:
     candidates = []
-    for group, score, holds in zip(chosen, scores, scene.holds, strict=True):
+    for group, score, holds, priority in zip(chosen, scores, scene.holds, worth, strict=True):
         if score.shape != group.units.shape or not np.isfinite(score).all() or (score < 0).any():
             where = group.slices[0].tensor if group.slices else str(group.index)
             raise PassError(
                 wanted.name, f"group of '{where}': the criterion did not give {len(group.units)} finite numbers of at least 0"
             )
         step = step_of(holds, scene.parameters.sizes, wanted.round_to)
-        candidates.append(candidate(score, holds, step=step, minimum=wanted.minimum))
+        size = len(group.units)
+        stays = wanted.scope == "sensitivity" and priority is None
+        minimum = size if stays else max(wanted.minimum, ceil(wanted.least * size))
+        candidates.append(candidate(score, holds, step=step, minimum=minimum, priority=priority))
     return candidates
 
 
@@ -186,18 +248,23 @@ def _plan(scene: _Scene, candidates: Sequence[Candidate], goal: _Goal, wanted: R
             )
         return ()
     if goal.kind == "ratio":
-        return by_ratio(candidates, goal.value, scope=wanted.scope)
+        return by_ratio(candidates, goal.value, scope=_levels(wanted.scope))
     freed = scene.macs if goal.kind == "macs" else scene.parameters
     if not freed.total:
         raise PassError(wanted.name, f"{goal.kind}={goal.value:g} cannot be aimed at: none could be counted; use ratio= or params=")
     gauge = meter(freed.terms, freed.sizes, candidates)
-    plan = by_budget(candidates, gauge, goal.value * freed.total, scope=wanted.scope)
+    plan = by_budget(candidates, gauge, goal.value * freed.total, scope=_levels(wanted.scope))
     if plan is None:
         least = gauge.read(candidates, [c.removable(len(c.order)) for c in candidates]) / freed.total
         raise PassError(
             wanted.name, f"{goal.kind}={goal.value:g} cannot be reached: with every group at its least, {least:.3g} stay"
         )
     return plan
+
+
+def _levels(scope: Scope) -> str:
+    """How `allocate` names it: measured sensitivity is a way to rank all units together."""
+    return "uniform" if scope == "uniform" else "global"
 
 
 def _facts(

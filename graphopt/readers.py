@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.context import Context
-from graphopt.dims import Dims, Group
+from graphopt.dims import Group, couple
 from graphopt.edit import peek
 from graphopt.errors import DataError, PassError
 from graphopt.gram import Gram, Moments, inputs_at
@@ -47,16 +47,20 @@ class Reader:
         return float((self.matrix * (self.moments.cov[0] @ self.matrix)).sum())
 
 
-def readers(model: Model, context: Context, dims: Dims, found: Sequence[Group]) -> list[Reader]:
-    """The layers that read units of these groups, measured on the calibration rows. PassError without data."""
+def readers(model: Model, context: Context) -> list[Reader]:
+    """The layers that read removable units, measured on the calibration rows, once a state of the model. PassError without data."""
     if context.calibration is None:
         raise PassError("prune", "this criterion needs calibration data: give --calib PATH (or calibration=...)")
-    units = np.unique(np.concatenate([g.units for g in found])) if found else np.empty(0, np.int64)
+    return context.cached("readers", lambda: _readers(model, context))
+
+
+def _readers(model: Model, context: Context) -> list[Reader]:
+    dims = context.get(couple, model)
     wanted = []
     for layer in find_layers(model)[0]:
-        labels = (dims.labels(layer.weight) or [None, None])[layer.in_axis]
-        if layer.groups == 1 and labels is not None and np.isin(labels, units).any():
-            wanted.append((layer, labels))
+        axes = dims.labels(layer.weight)
+        if layer.groups == 1 and axes is not None and axes[layer.in_axis].any():
+            wanted.append((layer, axes[layer.in_axis]))
     measured = _measure(model, context, [layer for layer, _ in wanted])
     result = []
     weights = {c.name: c for c in model.constants()}
@@ -65,6 +69,11 @@ def readers(model: Model, context: Context, dims: Dims, found: Sequence[Group]) 
             matrix = to_matrix(layer, peek(weights[layer.weight]))[0].astype(np.float64)
             result.append(Reader(layer, labels, matrix.shape[0] // len(labels), matrix, measured[layer.node]))
     return result
+
+
+def of_group(found: Sequence[Reader], group: Group) -> list[Reader]:
+    """Those that read units of the group."""
+    return [r for r in found if np.isin(r.labels, group.units).any()]
 
 
 def _measure(model: Model, context: Context, layers: Sequence[Layer]) -> dict[str, Moments]:
@@ -82,7 +91,9 @@ def _measure(model: Model, context: Context, layers: Sequence[Layer]) -> dict[st
             for number, batch in enumerate(batches):
                 value = walk.run(stage, number)[name]
                 if not np.isfinite(value).all():
-                    raise DataError(f"tensor '{name}' holds NaN or Inf on the calibration rows; remove the row, or repair the model")
+                    raise DataError(
+                        f"tensor '{name}' holds NaN or Inf on the calibration rows; remove the row, or repair the model"
+                    )
                 for key, gram in grams.items():
                     layer = next(lay for lay in by_input[name] if (lay.window, lay.channel_axis) == key)
                     _add(gram, layer, value, batch, total, stage * 10007 + number)

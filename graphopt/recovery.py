@@ -11,20 +11,26 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
-from graphopt.baseline import Baseline
+from graphopt.agreement import error, outputs_of
+from graphopt.baseline import HELD, Baseline
 from graphopt.context import Context
-from graphopt.edit import peek
+from graphopt.data import Dataset
+from graphopt.edit import peek, set_input
 from graphopt.errors import DataError, PassError
 from graphopt.gram import Fit, Gram, Moments, inputs_at, outputs_at, positions, spread
 from graphopt.layers import Layer, find_layers, from_matrix, to_matrix
-from graphopt.model import Model
+from graphopt.model import Model, from_proto
+from graphopt.operands import Names
 from graphopt.shapes import shapes
-from graphopt.walk import Store, Values, Walk, feeds_of
+from graphopt.walk import Store, Values, Walk, feeds_of, mirrorable
+from graphopt.walk import mirrored as mirrored_feed
 
 Mode = Literal["sequential", "matched", "local"]
+Way = tuple[Mode, bool]  # and whether mirrored images take part
+MODES: tuple[Mode, ...] = ("matched", "sequential", "local")
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)
-HELD = 4  # every so many rows is kept from the fit and judges it
 _ROWS = 16384  # sampled rows of a layer, at least
 _PER_FEATURE = 8  # sampled rows by feature
 _SPARSE = 0.2  # share of zeros from which a weight counts as sparse, and keeps its zeros
@@ -140,21 +146,25 @@ class Batch:
     mask: np.ndarray | None
 
 
-def fill(dataset: Dataset, stores: Sequence[Store]) -> list[Batch]:
-    """Put the feeds into every store."""
+def fill(dataset: Dataset, stores: Sequence[Store], *, mirror: bool = False) -> list[Batch]:
+    """Put the feeds into every store; with `mirror`, each once more with its images mirrored."""
     batches: list[Batch] = []
     first = 0
-    for number, (feed, rows) in enumerate(feeds_of(dataset)):
+    for feed, rows in feeds_of(dataset):
         mask = feed.get("attention_mask")
         usable = mask is not None and mask.ndim == 2 and bool(np.isin(mask, (0, 1)).all())
-        batches.append(Batch(first, rows, mask.astype(bool) if usable and mask is not None else None))
+        batch = Batch(first, rows, mask.astype(bool) if usable and mask is not None else None)
         first += rows
-        for store in stores:
-            store[number] = dict(feed)
+        for version in (feed, mirrored_feed(dataset, feed)) if mirror else (feed,):
+            for store in stores:
+                store[len(batches)] = dict(version)
+            batches.append(batch)
     return batches
 
 
-def chosen_rows(layer: Layer, shape: tuple[int, ...], batch: Batch, total: int, features: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def chosen_rows(
+    layer: Layer, shape: tuple[int, ...], batch: Batch, total: int, features: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the layer's output to look at, and whether each is of a held row."""
     wanted = max(_ROWS, _PER_FEATURE * features)
     at = positions(layer, shape, -(-wanted * batch.rows // max(total, 1)), seed)
@@ -208,11 +218,11 @@ def _narrowed(values: np.ndarray, indices: np.ndarray | None, axis: int) -> np.n
 # ---- fitting
 
 
-def _fitted(rows: _Rows, layer: Layer, start: np.ndarray, bias: np.ndarray, mode: Mode) -> tuple[Fit, str, float, float]:
-    """The best fit on held rows, made again on all rows; how it was made, and held errors before and after."""
+def _fitted(rows: _Rows, layer: Layer, old: Fit, mode: Mode, held_too: bool) -> tuple[Fit, str, float, float]:
+    """The fit that is best on held rows, made again with them if `held_too`; how it was made, and held errors before and after."""
     fit, held = rows.fit.moments(), rows.held.moments()
-    old: Fit = (start, bias)
-    whole = fit.joined(held)
+    start = old[0]
+    whole = fit.joined(held) if held_too else fit
     sparse = layer.groups == 1 and float((start == 0).mean()) > _SPARSE
     makers: dict[str, Callable[[Moments], Fit]] = {"none": lambda m: old}
     if layer.bias is not None or layer.addable:
@@ -241,23 +251,24 @@ class _Run:
     walk: Walk
     patch: Patch
     weights: dict[str, np.ndarray]
+    held_too: bool
 
     def finish(self, target: Target, rows: _Rows, mode: Mode) -> None:
         layer = target.now
         weight = self.weights[layer.weight]
         start = to_matrix(layer, weight).astype(np.float64)
-        outputs = start.shape[0] * start.shape[2]
-        bias = self.weights[layer.bias].astype(np.float64).reshape(start.shape[0], -1) if layer.bias else np.zeros((start.shape[0], start.shape[2]))
+        bias = self.weights[layer.bias].astype(np.float64) if layer.bias else np.zeros(start.shape[0] * start.shape[2])
         if not rows.fit.count or not rows.held.count:
             return
-        (matrix, offset), method, before, after = _fitted(rows, layer, start, bias, mode)
+        old = (start, bias.reshape(start.shape[0], -1))
+        (matrix, offset), method, before, after = _fitted(rows, layer, old, mode, self.held_too)
         self.patch.layers.append(Repaired(layer.node, layer.op, method, before, after))
         if method == "none":
             return
         values = from_matrix(layer, matrix, weight)
         self.patch.weights[layer.weight] = values
         self.walk.set_weight(layer.weight, values)
-        flat = offset.reshape(outputs).astype(np.float32)
+        flat: np.ndarray = offset.ravel().astype(np.float32)
         if layer.bias:
             flat = flat.reshape(self.weights[layer.bias].shape)
             self.patch.weights[layer.bias] = flat
@@ -268,20 +279,35 @@ class _Run:
             self.walk.set_input(layer.node, 2, f"{layer.node}/bias")
 
 
-def repair(model: Model, baseline: Baseline, context: Context, found: Sequence[Target], mode: Mode) -> Patch:
-    """New weights for these layers (`targets`); the model is not touched. DataError where an activation is not finite."""
-    assert context.calibration is not None
+def repair(
+    model: Model,
+    baseline: Baseline,
+    context: Context,
+    found: Sequence[Target],
+    mode: Mode,
+    *,
+    held_too: bool = True,
+    mirrored: bool = False,
+) -> Patch:
+    """New weights for these layers (`targets`); the model is not touched.
+
+    sequential: least squares on what reaches the layer. matched: then scaled to the variance there was. local: on what reached
+    the layer before, scaled likewise. `held_too`: held rows choose, and then take part in the fit. DataError where an
+    activation is not finite.
+    """
+    if context.calibration is None:
+        raise PassError("recover", "needs calibration data: give --calib PATH (or calibration=...)")
     levels = [[t for t in found if t.level == level] for level in range(1, max((t.level for t in found), default=0) + 1)]
     local = mode == "local"
     ours = [sorted({n for t in level for n in (t.now.x, t.other) if n}) for level in levels]
     theirs = [sorted({n for t in level for n in (t.was.y, t.other, t.was.x if local else None) if n}) for level in levels]
     patch = Patch()
     with Store() as before, Store() as after:
-        batches = fill(context.calibration, [before, after])
+        batches = fill(context.calibration, [before, after], mirror=mirrored)
         was = Walk(baseline.model, shapes(baseline.model).dtypes, theirs, before)
         now = Walk(model, context.get(shapes, model).dtypes, ours, after)
         used = {n for t in found for n in (t.now.weight, t.now.bias) if n}
-        run = _Run(model, baseline, now, patch, {c.name: peek(c) for c in model.constants() if c.name in used})
+        run = _Run(model, baseline, now, patch, {c.name: peek(c) for c in model.constants() if c.name in used}, held_too)
         total = sum(b.rows for b in batches)
         for stage, level in enumerate(levels):
             collector = _Collector(level, baseline, total, local)
@@ -296,17 +322,48 @@ def repair(model: Model, baseline: Baseline, context: Context, found: Sequence[T
 def _finite(values: Values) -> Values:
     for name, value in values.items():
         if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise DataError(f"recover: tensor '{name}' holds NaN or Inf on the calibration rows; remove the row, or repair the model")
+            raise DataError(
+                f"recover: tensor '{name}' holds NaN or Inf on the calibration rows; remove the row, or repair the model"
+            )
     return values
+
+
+def named(way: Way) -> str:
+    """For reports."""
+    return f"{way[0]}, mirrored rows too" if way[1] else way[0]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A repair and the errors at the outputs on held-out rows: without it, and by way of repair (fitted without those rows)."""
+
+    patch: Patch
+    way: Way | None
+    before: float
+    errors: dict[Way, float]
+
+
+def repair_best(model: Model, baseline: Baseline, context: Context, modes: Sequence[Mode] = MODES) -> Outcome:
+    """Of these modes, and no repair, what brings the outputs nearest to the baseline's on held-out rows; then fitted on all rows."""
+    if context.calibration is None:
+        raise PassError("recover", "needs calibration data: give --calib PATH (or calibration=...)")
+    found = targets(model, baseline)
+    truth = baseline.held(context.calibration)
+    before = error(truth, outputs_of(model, truth))
+    errors: dict[Way, float] = {}
+    ways = [(mode, mirror) for mode in modes for mirror in sorted({False, mirrorable(context.calibration)})] if found else []
+    for mode, mirror in ways:
+        copy = from_proto(model.proto())
+        apply(copy, repair(model, baseline, context, found, mode, held_too=False, mirrored=mirror))
+        errors[mode, mirror] = error(truth, outputs_of(copy, truth))
+    best = min(errors, key=lambda w: errors[w], default=None)
+    if best is None or errors[best] >= before:
+        return Outcome(Patch(), None, before, errors)
+    return Outcome(repair(model, baseline, context, found, best[0], mirrored=best[1]), best, before, errors)
 
 
 def apply(model: Model, patch: Patch) -> int:
     """Put the new weights in; returns the number of constants changed or added."""
-    import onnx_graphsurgeon as gs
-
-    from graphopt.edit import set_input
-    from graphopt.operands import Names
-
     constants = {c.name: c for c in model.constants()}
     names = Names(model)
     for name, values in patch.weights.items():

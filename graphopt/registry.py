@@ -32,7 +32,9 @@ BUILTIN = {
     "prune-channels": "graphopt.passes.prune_channels",
     "prune-heads": "graphopt.passes.prune_heads",
     "prune-neurons": "graphopt.passes.prune_neurons",
+    "prune-search": "graphopt.passes.prune_search",
     "quantize": "graphopt.passes.quantize",
+    "recover": "graphopt.passes.recover",
     "remove-noops": "graphopt.passes.remove_noops",
 }
 
@@ -41,7 +43,8 @@ BUILTIN = {
 class Pass:
     """A registered pass. `keeps`: analyses still true after a change. `exact`: outputs move by rounding only.
 
-    `after`: passes that must not come later than this one in a pipeline that has both.
+    `after`: passes that must not come later than this one in a pipeline that has both. `repairs`: wants the model as it was before
+    the first removal (`Context.baseline`).
     """
 
     name: str
@@ -50,6 +53,7 @@ class Pass:
     exact: bool = False
     after: frozenset[str] = frozenset()
     needs_data: bool = False
+    repairs: bool = False
 
     def options(self) -> dict[str, inspect.Parameter]:
         """The keyword-only arguments, which are the pass's options."""
@@ -117,12 +121,18 @@ REGISTRY = Registry()
 
 
 def register(
-    name: str, *, keeps: Iterable[str] = (), exact: bool = False, after: Iterable[str] = (), needs_data: bool = False
+    name: str,
+    *,
+    keeps: Iterable[str] = (),
+    exact: bool = False,
+    after: Iterable[str] = (),
+    needs_data: bool = False,
+    repairs: bool = False,
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Decorator: make a function `(model, context, *, options) -> int` a pass."""
 
     def add(fn: Callable[..., int]) -> Callable[..., int]:
-        REGISTRY.add(Pass(name, fn, frozenset(keeps), exact, frozenset(after), needs_data))
+        REGISTRY.add(Pass(name, fn, frozenset(keeps), exact, frozenset(after), needs_data, repairs))
         return fn
 
     return add

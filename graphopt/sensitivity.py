@@ -1,4 +1,4 @@
-"""What removing more and more units of a group does to the outputs, measured: one session whose reading weights are fed at each run."""
+"""What removing more and more units of a group does to the outputs, measured: one session whose reading weights are fed."""
 
 from __future__ import annotations
 

@@ -6,13 +6,16 @@ after each removal the remaining weights of all readers are, implicitly, the rid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from graphopt.context import Context
+from graphopt.criteria import Scores, criterion, l2
 from graphopt.dims import Group
-from graphopt.readers import Reader
+from graphopt.model import Model
+from graphopt.readers import Reader, of_group, readers
 
 ALPHA = 1e-3
 _DEPTH = 0.95  # share of a group's units that are ordered by removal; the rest keep the order they then have
@@ -36,12 +39,13 @@ class _State:
     rows: np.ndarray  # (units, features a unit)
 
 
-def order(group: Group, readers: Sequence[Reader], weights: Mapping[str, np.ndarray] | None = None) -> Order | None:
+def order(group: Group, readers: Sequence[Reader]) -> Order | None:
     """The order of removal of a group; None where nothing that was measured reads it.
 
-    Costs are squared errors at the readers' outputs, each relative to its variance; `weights` (by node, of each output) replace that.
+    Costs are squared errors at the readers' outputs, each relative to the variance of all of them. (Outputs weighted by the
+    gradient of the model's outputs were measured too, and chose worse.)
     """
-    states = [s for s in (_state(r, group.units, weights) for r in readers) if s is not None]
+    states = [s for s in (_state(r, group.units) for r in readers) if s is not None]
     if not states:
         return None
     size = len(group.units)
@@ -66,7 +70,7 @@ def order(group: Group, readers: Sequence[Reader], weights: Mapping[str, np.ndar
     return Order(np.array(gone), np.concatenate([[0.0], np.cumsum(np.maximum(costs, 0))]))
 
 
-def _state(reader: Reader, units: np.ndarray, weights: Mapping[str, np.ndarray] | None) -> _State | None:
+def _state(reader: Reader, units: np.ndarray) -> _State | None:
     rows = reader.features(units)
     if not rows.size:
         return None
@@ -74,9 +78,7 @@ def _state(reader: Reader, units: np.ndarray, weights: Mapping[str, np.ndarray] 
     size = len(covariance)
     strength = ALPHA * np.trace(covariance) / size + 1e-10
     inverse = np.linalg.inv(covariance + strength * np.eye(size))
-    weight = weights.get(reader.layer.node) if weights is not None else None
-    scale = np.sqrt(weight) if weight is not None else np.full(reader.matrix.shape[1], (reader.spread + 1e-30) ** -0.5)
-    return _State(inverse, reader.matrix * scale, rows)
+    return _State(inverse, reader.matrix / np.sqrt(reader.spread + 1e-30), rows)
 
 
 def _costs(state: _State, alive: np.ndarray) -> np.ndarray:
@@ -112,3 +114,29 @@ def _eliminate(state: _State, unit: int) -> None:
     state.inverse[rows], state.inverse[:, rows] = 0, 0
     state.inverse[rows, rows] = 1
     state.matrix[rows] = 0
+
+
+@criterion("obs")
+def obs(model: Model, context: Context, groups: Sequence[Group]) -> Scores:
+    """What the layers that read a unit lose without it once refitted to the rest, the units removed before it gone.
+
+    The root of it, so that scores are norms. Groups that no Conv, Gemm or MatMul of the main graph reads fall back on l2.
+    """
+    measured = readers(model, context)
+    known: dict[int, Order | None] = context.cached("surgeon", dict)
+    scores = l2(model, context, groups)
+    fallbacks = 0
+    for i, group in enumerate(groups):
+        key = int(group.units[0])
+        if key not in known:
+            known[key] = order(group, of_group(measured, group))
+        context.progress("weigh units", i + 1, len(groups))
+        found = known[key]
+        fallbacks += found is None
+        if found is not None:
+            steps = np.maximum.accumulate(np.diff(found.cost))
+            tie = np.arange(len(steps)) * (1e-12 * (steps[-1] + 1e-30))  # equal costs keep the order of removal
+            scores[i] = np.empty(len(group.units))
+            scores[i][found.order] = np.sqrt(steps + tie)
+    context.facts["groups_without_readers"] = fallbacks
+    return scores

@@ -84,11 +84,39 @@ def feeds_of(dataset: Dataset) -> Iterator[tuple[Values, int]]:
         yield (dict(padded(feed, fixed)) if fixed else dict(feed)), rows
 
 
+IMAGE_SIDE = 16  # pixels: below, axes of rank-4 inputs are as likely time and frequency
+
+
+def mirrorable(dataset: Dataset | None) -> bool:
+    """Whether an input looks like images (rank 4, 1 to 4 channels first or last, at least 16 x 16): then rows may be mirrored too.
+
+    A mirrored photograph is as good a question to the original model as the photograph itself, and needs no label.
+    """
+    return dataset is not None and any(_width(spec.dtype, spec.shape) is not None for spec in dataset.inputs)
+
+
+def _width(dtype: np.dtype, shape: Sequence[object] | None) -> int | None:
+    """The axis to mirror along."""
+    if shape is None or len(shape) != 4 or dtype.kind != "f":
+        return None
+    for channels, sides in ((1, (2, 3)), (3, (1, 2))):
+        small = shape[channels] in (1, 2, 3, 4)
+        if small and all(not isinstance(shape[s], int) or int(str(shape[s])) >= IMAGE_SIDE for s in sides):
+            return sides[1]
+    return None
+
+
+def mirrored(dataset: Dataset, feed: Values) -> Values:
+    """The feed with its images mirrored left to right."""
+    axes = {spec.name: _width(spec.dtype, spec.shape) for spec in dataset.inputs}
+    return {n: v if axes.get(n) is None else np.ascontiguousarray(np.flip(v, axes[n])) for n, v in feed.items()}
+
+
 class Walk:
     """A model run in stages over the batches of a store; stage i makes the tensors `stages[i]`.
 
-    `run(i, number)` gives them for one batch; stages come in order, all batches of one before the next. Nodes run in the first stage
-    that needs them, with the weights that the model has when the stage begins.
+    `run(i, number)` gives them for one batch; stages come in order, all batches of one before the next. Nodes run in the first
+    stage that needs them, with the weights that the model has when the stage begins.
     """
 
     def __init__(self, model: Model, dtypes: Mapping[str, np.dtype], stages: Sequence[Sequence[str]], store: Store) -> None:

@@ -20,7 +20,7 @@ def prune_channels(
     ratio: float | None = None,
     macs: float | None = None,
     params: float | None = None,
-    scope: Literal["uniform", "global"] = "uniform",
+    scope: Literal["uniform", "global", "sensitivity"] = "uniform",
     criterion: str = "l2",
     round_to: int = 8,
     minimum: int = 1,

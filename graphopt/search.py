@@ -1,0 +1,138 @@
+"""Candidates for what to remove, each carried out and repaired on a copy, judged by the outputs on held-out calibration rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from graphopt.agreement import error, outputs_of
+from graphopt.baseline import Baseline
+from graphopt.context import Context
+from graphopt.cost import costs
+from graphopt.errors import PassError
+from graphopt.model import Model, from_proto
+from graphopt.prune import Request, Scope, cut, plan_groups
+from graphopt.recovery import MODES, Mode, apply, repair, targets
+from graphopt.shapes import shapes
+from graphopt.walk import mirrorable
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to choose: criterion, how groups are weighed, whether streams may shrink, and in how many steps with repair between."""
+
+    criterion: str
+    scope: Scope
+    streams: bool
+    steps: int = 1
+
+    def __str__(self) -> str:
+        streams = ", streams too" if self.streams else ""
+        return f"{self.criterion} {self.scope}{streams}, {self.steps} step{'s' * (self.steps > 1)}"
+
+
+# what won somewhere in our measurements (docs/pruning.md); none wins everywhere
+RECIPES = (
+    Recipe("obs", "sensitivity", False),
+    Recipe("obs", "sensitivity", False, 4),
+    Recipe("obs", "sensitivity", True),
+    Recipe("obs", "global", False),
+    Recipe("fisher", "global", True),
+)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A recipe carried out: the pruned model, not repaired since its last step, and the error that repair left on held-out rows."""
+
+    recipe: Recipe
+    mode: Mode
+    mirrored: bool
+    error: float
+    model: Model
+    baseline: Baseline
+    units: int
+    facts: dict[str, object]
+
+
+def search(model: Model, context: Context, wanted: Request, recipes: Sequence[Recipe] = RECIPES) -> tuple[Tried, list[Tried]]:
+    """The candidate that is nearest to the original's outputs once repaired, and all that were tried; the model is not touched.
+
+    PassError without data, or where no candidate reaches the target.
+    """
+    baseline = context.remember(model)
+    if baseline is None or context.calibration is None:
+        raise PassError(wanted.name, "needs calibration data: give --calib PATH (or calibration=...)")
+    tried: list[Tried] = []
+    images = mirrorable(context.calibration)
+    refused = ""
+    for number, recipe in enumerate(recipes):
+        try:
+            tried.append(_judged(_carried_out(model, baseline, context, wanted, recipe), context, MODES[0], images))
+        except PassError as reason:  # out of reach for this recipe; another may get there
+            refused = str(reason)
+        context.progress("try candidates", number + 1, len(recipes))
+    if not tried:
+        raise PassError(wanted.name, f"no candidate reaches the target: {refused}")
+    best = min(tried, key=lambda t: t.error)
+    ways = [(mode, mirrored) for mode in MODES for mirrored in {False, images}]
+    tried += [_judged(best, context, *way) for way in ways if way != (best.mode, best.mirrored)]
+    return min(tried, key=lambda t: t.error), tried
+
+
+def _carried_out(model: Model, baseline: Baseline, context: Context, wanted: Request, recipe: Recipe) -> Tried:
+    """Prune a copy, in steps with a repair before each but the first; measurements of the model itself are shared."""
+    asked = replace(wanted, criterion=recipe.criterion, scope=recipe.scope, streams=recipe.streams)
+    copy = from_proto(model.proto())
+    own = Context(context.calibration, context.target, baseline=baseline.copy())
+    whole = _size(model, context, wanted)
+    units, facts = 0, dict[str, object]()
+    for step in range(1, recipe.steps + 1):
+        first = step == 1
+        if not first:
+            apply(
+                copy,
+                repair(
+                    copy, _own(own), own, targets(copy, _own(own)), MODES[0], held_too=False, mirrored=mirrorable(own.calibration)
+                ),
+            )
+            own.drop()
+        part = _part(asked, step, recipe.steps, whole / _size(copy, own, wanted))
+        labels, facts = plan_groups(model if first else copy, context if first else own, part)
+        if labels.size:
+            cut(copy, own, labels)
+            copy.sort()
+            own.drop()
+        units += len(labels)
+    return Tried(recipe, MODES[0], False, float("inf"), copy, _own(own), units, facts)
+
+
+def _own(context: Context) -> Baseline:
+    assert context.baseline is not None
+    return context.baseline
+
+
+def _size(model: Model, context: Context, wanted: Request) -> float:
+    """What the target counts."""
+    found = costs(model, context.get(shapes, model))
+    return float((found.parameters if wanted.params is not None else found.macs) or 0)
+
+
+def _part(wanted: Request, step: int, steps: int, grown: float) -> Request:
+    """The target of a step, an equal part of the way; `grown`: by what the model was larger before the first."""
+    if wanted.ratio is not None:
+        return replace(wanted, ratio=1 - (1 - wanted.ratio) ** (1 / steps))
+    goal = wanted.macs if wanted.macs is not None else wanted.params
+    left = min(1.0, (1 - (1 - (goal or 1.0)) * step / steps) * grown)
+    return replace(wanted, macs=left) if wanted.macs is not None else replace(wanted, params=left)
+
+
+def _judged(candidate: Tried, context: Context, mode: Mode, mirrored: bool) -> Tried:
+    """Repair a copy this way, without the held-out rows, and see how far its outputs are."""
+    assert context.calibration is not None
+    own = Context(context.calibration, context.target)
+    model, baseline = candidate.model, candidate.baseline
+    copy = from_proto(model.proto())
+    apply(copy, repair(model, baseline, own, targets(model, baseline), mode, held_too=False, mirrored=mirrored))
+    truth = baseline.held(context.calibration)
+    return replace(candidate, mode=mode, mirrored=mirrored, error=error(truth, outputs_of(copy, truth)))

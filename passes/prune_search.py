@@ -1,0 +1,74 @@
+"""`prune-search`: remove channels, neurons and heads by what measurements on calibration rows favour, and repair."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+
+from graphopt.context import Context
+from graphopt.kinds import KINDS
+from graphopt.model import Model
+from graphopt.prune import Request
+from graphopt.recovery import apply, named, repair, targets
+from graphopt.registry import register
+from graphopt.search import search
+
+NAME = "prune-search"
+
+
+@register(NAME, needs_data=True, repairs=True)
+def prune_search(
+    model: Model,
+    context: Context,
+    *,
+    ratio: float | None = None,
+    macs: float | None = None,
+    params: float | None = None,
+    round_to: int = 8,
+    minimum: int = 1,
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    protect: tuple[str, ...] = (),
+) -> int:
+    """Units are removed by several recipes, each repaired in closed form; what stays nearest to the original's outputs is taken.
+
+    - ratio, macs, params: give exactly one, as for prune-channels: the share of units to remove, or of MACs or parameters to keep.
+    - round_to, minimum, include, exclude, protect: as for prune-channels.
+
+    Recipes differ in criterion, in how groups are weighed against each other, and in whether channels that run past residual
+    blocks may shrink; none is best everywhere, so calibration rows (--calib, no labels) that no fit has seen decide. The report
+    lists all of them. Returns the number of units removed.
+    """
+    wanted = Request(
+        NAME,
+        kinds=KINDS,
+        ratio=ratio,
+        macs=macs,
+        params=params,
+        round_to=round_to,
+        minimum=minimum,
+        include=include,
+        exclude=exclude,
+        protect=protect,
+        least=0.1,
+    )
+    best, tried = search(model, context, wanted)
+    own = Context(context.calibration, context.target, context.progress)
+    patch = repair(best.model, best.baseline, own, targets(best.model, best.baseline), best.mode, mirrored=best.mirrored)
+    apply(best.model, patch)
+    context.facts.update(best.facts)
+    context.facts.update(
+        {
+            "recipe": str(best.recipe),
+            "mode": named((best.mode, best.mirrored)),
+            "error_after": best.error,
+            "candidates": [
+                {"recipe": str(t.recipe), "mode": named((t.mode, t.mirrored)), "error": t.error, "units": t.units} for t in tried
+            ],
+            "repaired_by": dict(Counter(layer.method.split()[0] for layer in patch.layers)),
+            "layers": [asdict(layer) for layer in patch.layers],
+        }
+    )
+    model.graph, model.leftovers = best.model.graph, best.model.leftovers
+    context.baseline = best.baseline
+    return best.units
