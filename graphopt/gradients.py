@@ -6,6 +6,7 @@ out is one number a row and channel. Where an op has no rule the gradient stops,
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
+import onnx.inliner
+import onnx.shape_inference
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
@@ -230,7 +233,7 @@ def program(model: Model, context: Context, spots: Collection[Spot], *, scalar: 
     """
     if context.calibration is None:
         raise PassError("prune", "calibration data is needed: give --calib PATH (or calibration=...)")
-    model, known = _raised(model, context)
+    model, known = _prepared(model, context)
     proto = model.proto()
     tape = Tape(set(model.tensors()) | {n.name for n in model.nodes()}, model.opset)
     top, seeds, fed = heads(model, known), dict[str, str](), list[tuple[str, Head]]()
@@ -255,16 +258,47 @@ def program(model: Model, context: Context, spots: Collection[Spot], *, scalar: 
             kept.append(spot)
     proto.graph.node.extend(tape.nodes)
     proto.graph.initializer.extend(tape.constants)
-    return Program(tuple(kept), found.stops, model, known, context, tuple(top), proto, tuple(fed), (seed,))
+    stops = found.stops or (() if top else (Stop("", "output", "no type and rank of a float output is known"),))
+    return Program(tuple(kept), stops, model, known, context, tuple(top), proto, tuple(fed), (seed,))
 
 
-def _raised(model: Model, context: Context) -> tuple[Model, Shapes]:
-    """A model of an opset that the rules can be written in: the same one, or a converted copy."""
-    if model.opset >= OPSET:
-        return model, context.get(shapes, model)
-    copy = from_proto(model.proto())
-    raise_opset(copy, OPSET, Context(calibration=context.calibration))
-    return copy, shapes(copy)
+def _prepared(model: Model, context: Context) -> tuple[Model, Shapes]:
+    """A model of an opset that the rules can be written in, and of operators that have rules: the same one, or a copy.
+
+    Operators without a rule that ONNX defines by others are written out; tensors that were there keep their names.
+    """
+    same = model
+    if model.opset < OPSET:
+        model = from_proto(model.proto())
+        raise_opset(model, OPSET, Context(calibration=context.calibration))
+    known = context.get(shapes, model) if model is same else shapes(model)
+    composed = {("", node.op) for node in model.graph.nodes if _composed(node, known)}
+    if composed:
+        with contextlib.suppress(TypeError, RuntimeError, ModelError):  # an onnx without the option, or one that fails at it
+            model = from_proto(onnx.inliner.inline_selected_functions(_typed(model), sorted(composed), False, True))
+            known = shapes(model)
+    return model, known
+
+
+def _composed(node: gs.Node, known: Shapes) -> bool:
+    """Whether ONNX says what the operator is made of, and gradients need it."""
+    if node.domain or node.op in VJP_RULES or not onnx.defs.has(node.op) or not any(_float(t.name, known) for t in node.inputs):
+        return False
+    schema: Any = onnx.defs.get_schema(node.op)
+    return bool(schema.has_function or schema.has_context_dependent_function)
+
+
+def _float(name: str, known: Shapes) -> bool:
+    dtype = known.dtype(name)
+    return dtype is not None and dtype.kind == "f"
+
+
+def _typed(model: Model) -> onnx.ModelProto:
+    """With the types of all tensors, initializers too: bodies of operators depend on them."""
+    proto = model.proto()
+    for constant in proto.graph.initializer:
+        proto.graph.value_info.append(helper.make_tensor_value_info(constant.name, constant.data_type, constant.dims))
+    return onnx.shape_inference.infer_shapes(proto)
 
 
 def _first_dim(model: Model, known: Shapes) -> str | int | None:

@@ -2,7 +2,7 @@
 
 A rule sees one node and the name of the gradient of each of its outputs, appends ONNX nodes, and returns the name of the gradient
 of each input (None where there is none). What it cannot do exactly it refuses with VjpError: nothing is guessed. Rules need opset
-`OPSET` or later. Integers carry no gradient.
+`OPSET` or later.
 """
 
 from __future__ import annotations
@@ -210,9 +210,12 @@ class Vjp:
 
 
 def wanted(name: str, among: Collection[str], shapes: Shapes) -> bool:
-    """Whether a tensor is among those asked for, and carries a gradient."""
+    """Whether a tensor is among those asked for, and carries a gradient: not indices, shapes and conditions.
+
+    Narrow integers do, because they may be quantised values; no rule passes them, so they count as unknown.
+    """
     dtype = shapes.dtype(name)
-    return name in among and (dtype is None or dtype.kind == "f")
+    return name in among and (dtype is None or dtype.kind == "f" or (dtype.kind in "iu" and dtype.itemsize < 8))
 
 
 Rule = Callable[[Vjp], Sequence[str | None]]

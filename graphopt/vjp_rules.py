@@ -83,14 +83,14 @@ def clip(site: Vjp) -> Results:
     return [site.where(site.op("And", *inside) if len(inside) > 1 else inside[0], site.g)]
 
 
-@vjp("Cast")
+@vjp("Cast", "CastLike")
 def cast(site: Vjp) -> Results:
-    """Between floats; integers and booleans carry no gradient."""
+    """Between floats; what was an index or a condition has no gradient."""
     if not site.wants(0):
         return [None]
     dtype = site.shapes.dtype(site.x())
-    if dtype is None:
-        raise VjpError("its type is not known")
+    if dtype is None or dtype.kind != "f":
+        raise VjpError("its type is not known" if dtype is None else f"it reads {dtype}")
     return [site.op("Cast", site.g, to=helper.np_dtype_to_tensor_dtype(dtype))]
 
 

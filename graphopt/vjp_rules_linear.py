@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
+from onnx import helper
 
 from graphopt.vjp import Vjp, VjpError, vjp
 
@@ -98,6 +100,38 @@ def conv_transpose(site: Vjp) -> Results:
     data = site.op("Conv", site.g, site.x(1), **attributes) if site.wants(0) else None
     others = [i for i in range(site.rank()) if i != 1]
     return [data, None, site.tape.sum(site.g, others, keep=False) if site.wants(2) else None]
+
+
+@vjp("Resize")
+def resize(site: Vjp) -> Results:
+    """Images. Linear along each axis: the matrix of an axis is what the same Resize makes of the identity."""
+    site.fixed(1, 2, 3)
+    x, y, attributes = site.shape(site.x()), site.shape(site.y), dict(site.node.attrs)
+    if len(x) != 4 or x[:2] != y[:2] or site.attr("axes"):
+        raise VjpError("it does not resize height and width alone")
+    if site.attr("coordinate_transformation_mode") == "tf_crop_and_resize" or site.attr("exclude_outside"):
+        raise VjpError("it does not resize each axis for itself")
+    g = site.g
+    for axis in (2, 3):
+        matrix = _resizing(site, axis, attributes)
+        g = site.op("MatMul", g, matrix) if axis == 3 else site.op("MatMul", site.op("Transpose", matrix, perm=[0, 1, 3, 2]), g)
+    return [g]
+
+
+def _resizing(site: Vjp, axis: int, attributes: dict[str, Any]) -> str:
+    """[1, 1, resized, size]: how the axis is resized, as a matrix."""
+    tape = site.tape
+    size = tape.op("Gather", tape.shape(site.x()), tape.integers(axis))
+    square = tape.op("Expand", site.number(0.0), tape.op("Concat", size, size, axis=0))
+    dtype = helper.np_dtype_to_tensor_dtype(site.shapes.dtypes[site.y])
+    identity = tape.op("Unsqueeze", tape.op("EyeLike", square, dtype=dtype), tape.integers(0, 1))
+    target = tape.op("Gather", tape.shape(site.y), tape.integers(axis))
+    if site.has(2):
+        scale = tape.op("Gather", site.x(2), tape.integers(axis))
+        ones = tape.constant(np.ones(1, np.float32))
+        return tape.op("Resize", identity, "", tape.op("Concat", ones, ones, scale, ones, axis=0), **attributes)
+    sizes = tape.op("Concat", tape.integers(1, 1), target, size, axis=0)
+    return tape.op("Resize", identity, "", "", sizes, **{k: v for k, v in attributes.items() if k != "keep_aspect_ratio_policy"})
 
 
 @vjp("MatMul")

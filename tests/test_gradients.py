@@ -41,6 +41,7 @@ RULES: dict[str, list[str]] = {
         "{ y = BatchNormalization<epsilon=0.5>(x, s, b, m, q) }",
     ],
     "Cast": ["g (T[N,4] x) => (float[N,4] y) { y = Cast<to=1>(x) }"],
+    "CastLike": ["g (T[N,4] x) => (float[N,4] y) <float like = {0}> { y = CastLike(x, like) }"],
     "Clip": [
         "g (T[N,8] x) => (T[N,8] y) <T low = {-0.5}, T high = {0.5}> { y = Clip(x, low, high) }",
         "g (T[N,8] x) => (T[N,8] y) <T high = {0.5}> { y = Clip(x, , high) }",
@@ -157,6 +158,20 @@ RULES: dict[str, list[str]] = {
     ],
     "Relu": ["g (T[N,8] x) => (T[N,8] y) { y = Relu(x) }"],
     "Reshape": ["g (T[N,2,6] x) => (T[N,3,4] y) <int64[3] s = {0, 3, -1}> { y = Reshape(x, s) }"],
+    "Resize": [
+        f"g (T[N,2,3,H] x) => (T[N,2,6,J] y) <float[4] s = {{1, 1, {a}, {b}}}> {{ y = Resize<{how}>(x, , s) }}"
+        for a, b in ((2, 2), (2, 0.5))
+        for how in (
+            'mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"',
+            'mode="linear"',
+            'mode="linear", coordinate_transformation_mode="align_corners"',
+            'mode="cubic"',
+        )
+    ]
+    + [
+        "g (T[N,2,3,H] x) => (T[N,2,5,4] y) <int64[2] e = {5, 4}> { s = Shape<start=0, end=2>(x)  z = Concat<axis=0>(s, e)"
+        '  y = Resize<mode="linear">(x, , , z) }'
+    ],
     "Sigmoid": ["g (T[N,4] x) => (T[N,4] y) { y = Sigmoid(x) }"],
     "Sin": ["g (T[N,4] x) => (T[N,4] y) { y = Sin(x) }"],
     "Slice": [
