@@ -141,11 +141,15 @@ class Vjp:
         return attribute(self.node, name, self.tape.opset)
 
     def integers(self, name: str, index: int) -> list[int] | None:
-        """A parameter that is an attribute or a constant input; None where absent, VjpError where computed."""
+        """A parameter that is an attribute or an input; None where absent, VjpError where it is known at run time only."""
         found = operand(self.node, name, index)
-        if not found.known:
+        if found.known:
+            return found.integers()
+        followed = self.shapes.value(self.node.inputs[index].name) or (None,)
+        values = [v for v in followed if isinstance(v, int)]
+        if len(values) < len(followed):
             raise VjpError(f"its {name} are computed")
-        return found.integers()
+        return values
 
     def value(self, index: int) -> np.ndarray:
         """The constant that the input is; VjpError where it is computed."""
