@@ -72,6 +72,7 @@ from graphopt.kernels.microkernels import kernels
 from graphopt.kernels.plan import HEADER, MAGIC, MAX_CHANNELS, STEP, TENSOR, VERSION
 from graphopt.kernels.region import Engine
 
+SUFFIX = ""  # of the names of functions
 MAX_TENSORS = 65536
 LARGEST = 1 << 31  # of the numbers in a step
 KEPT = 16  # idle instances that a handle keeps; more are freed

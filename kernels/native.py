@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -12,6 +13,7 @@ import numpy as np
 
 from graphopt.kernels.engine_state import TENSOR_RECORD
 from graphopt.kernels.plan import FLOAT, INT8, INT32, UINT8, Plan
+from graphopt.kernels.sparse_plan import SparsePlan
 
 _TYPES = {np.dtype(np.float32): FLOAT, np.dtype(np.uint8): UINT8, np.dtype(np.int8): INT8, np.dtype(np.int32): INT32}
 _DTYPES: dict[int, Any] = {kind: dtype for dtype, kind in _TYPES.items()}
@@ -20,16 +22,17 @@ _LOCK = threading.Lock()
 
 
 @cache
-def _functions(isa: str) -> dict[str, Any]:
-    """The engine's functions for one rung as ctypes functions, which release the GIL; compiled on the first call."""
-    from graphopt.kernels import engine, exports, warm
+def _functions(isa: str, module: str = "engine") -> dict[str, Any]:
+    """An engine's functions for one rung as ctypes functions, which release the GIL; compiled on the first call."""
+    from graphopt.kernels import exports, warm
     from graphopt.kernels.runtime import FAMILIES
 
+    engine = importlib.import_module(f"graphopt.kernels.{module}")
     with _LOCK, warm.helped(isa, FAMILIES):
         exports.bind(engine.exports(isa))
     found = {}
     for name, count in _ARGUMENTS.items():
-        symbol = f"gk_{name}__{isa}" if name in ("create", "run") else f"gk_{name}"
+        symbol = f"gk_{name}{engine.SUFFIX}__{isa}" if name in ("create", "run") else f"gk_{name}{engine.SUFFIX}"
         found[name] = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * count)(exports.address(symbol))
     return found
 
@@ -53,11 +56,13 @@ class Region:
     Raises ValueError with the engine's message where the plan, its constants or the inputs of a call do not fit.
     """
 
-    def __init__(self, plan: Plan, constants: Sequence[np.ndarray], *, isa: str | None = None) -> None:
+    ENGINE = "engine"  # module of the engine
+
+    def __init__(self, plan: Plan | SparsePlan, constants: Sequence[np.ndarray], *, isa: str | None = None) -> None:
         from graphopt.kernels.isa import detect
 
         self.isa = isa or detect()
-        self._call = _functions(self.isa)
+        self._call = _functions(self.isa, self.ENGINE)
         self._constants = [np.ascontiguousarray(c) for c in constants]
         self._outputs, self._inputs = plan.outputs, plan.activations
         row, scales = np.array(plan.encode(), np.int64), np.array(plan.scales, np.float32)
@@ -92,6 +97,12 @@ class Region:
         if getattr(self, "_handle", 0):
             self._call["destroy"](self._handle)
             self._handle = 0
+
+
+class SparseLayer(Region):
+    """The same for a sparse plan; constants: values, gaps, and the bias if there is one."""
+
+    ENGINE = "sparse_engine"
 
 
 def _message(error: np.ndarray) -> str:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from graphopt.kernels import engine, isa
+from graphopt.kernels import engine, isa, sparse_engine
 from graphopt.kernels.region import family
 from graphopt.kernels.specialise import package_sources
 
 REGION = family(engine.engine, tuple(isa.RUNGS), package_sources(), exports=engine.exports)
 """Int8Region0 ... Int8Region63."""
+
+SPARSE = family(
+    sparse_engine.engine, tuple(isa.RUNGS), package_sources(), "sparse", sparse_engine.exports, prefix="SparseLayer"
+)
+"""SparseLayer0 ... SparseLayer63."""

@@ -365,14 +365,15 @@ def family(
     sources: Sequence[str],
     name: str = "region",
     exports: Callable[[str], Sequence[Export]] | None = None,
+    prefix: str = "Int8Region",
 ) -> Family:
-    """Int8Region0 ... on an engine: `make_engine(isa)` gives its functions for each of these instruction sets.
+    """Int8Region0 ... (or another `prefix`) on an engine: `make_engine(isa)` gives its functions for each of these instruction sets.
 
     `sources` are the files that the engine is made of (`specialise.package_sources()`): cached code is bound to their content.
     `name` tells engines apart that live in one process. `exports(isa)` are the C functions that the engine's functions call by
     name; those without `__<isa>` in their names are the same for every instruction set.
     """
-    operators = tuple(Operator(f"Int8Region{i}", (0,), (0,), variadic=True) for i in range(COUNT))
+    operators = tuple(Operator(f"{prefix}{i}", (0,), (0,), variadic=True) for i in range(COUNT))
     files = tuple(sources)
 
     def all_exports(isa: str) -> list[Export]:

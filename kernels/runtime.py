@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphopt.kernels.customop import Family
 
-FAMILIES: tuple[str, ...] = ("graphopt.kernels.operators:REGION",)
-"""Where the families of operators are: `module:attribute`; sparse kernels will be one more."""
+FAMILIES: tuple[str, ...] = ("graphopt.kernels.operators:REGION", "graphopt.kernels.operators:SPARSE")
+"""Where the families of operators are: `module:attribute`."""
 
 _LOCK = threading.RLock()
 _PATHS: dict[tuple[str, tuple[str, ...]], str] = {}

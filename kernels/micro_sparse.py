@@ -1,0 +1,112 @@
+"""The sparse micro-kernels: vectors of pixels stay in registers while the non-zero weights of a few output channels pass.
+
+The scheme of "Fast Sparse ConvNets" (Elsen et al. 2020, arXiv:1911.09723), in LLVM IR for any number of lanes. Activations are
+channel-major: the pixels of a channel lie one after the other, so that each weight multiplies contiguous vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from graphopt.kernels.isa import Isa
+from graphopt.kernels.vectors import (
+    F32,
+    I64,
+    Builder,
+    Value,
+    const,
+    lanewise,
+    load,
+    load_index,
+    loop,
+    procedure,
+    scaled,
+    shuffle,
+    splat,
+    store,
+    vector,
+)
+
+# slots of the record S that the kernels read
+(S_DX, S_DY, S_CHANNEL, S_STARTS, S_OFFSETS, S_VALUES, S_BIAS, S_LIMITS) = range(8)
+RECORD = 8
+WIDTHS = {1: (8, 4, 2, 1), 4: (3, 2, 1)}  # vectors of pixels abreast, by rows of a block: what sixteen registers hold
+
+
+def multiply_add(b: Builder, isa: Isa, x: Value, y: Value, z: Value) -> Value:
+    """x * y + z; fused where the CPU has the instruction, as its absence would become a call of libm."""
+    fused = bool(isa.features & {"fma", "neon"})
+    return lanewise(b, "fma", x, y, z) if fused else b.fadd(b.fmul(x, y), z)
+
+
+def _finish(b: Builder, value: Value, low: Value, high: Value) -> Value:
+    """Within limits; NaN stays."""
+    value = b.select(b.fcmp_ordered("<", value, low), low, value)
+    return b.select(b.fcmp_ordered(">", value, high), high, value)
+
+
+def spmm(isa: Isa, rows: int, width: int, residual: bool) -> Any:
+    """void(S, x, y, r, n0, n1): block rows [n0, n1) of `width` vectors of pixels, which begin at x (input), y (output), r (residual).
+
+    S_DX, S_DY: bytes from one vector to the next in the input, and in output and residual; S_CHANNEL: bytes from one output channel
+    to the next; S_STARTS: int32 [block rows + 1]; S_OFFSETS: int32, bytes from x to the input of each block; S_VALUES: float32
+    [blocks][rows]; S_BIAS: float32 [block rows * rows]; S_LIMITS: float32 low, high.
+    """
+    lanes, kind = isa.lanes, vector(F32, isa.lanes)
+
+    def emit(b: Builder, record: Value, x: Value, y: Value, r: Value, n0: Value, n1: Value) -> None:
+        dx, dy, channel, starts, offsets, values, bias, limits = (load(b, record, I64, 8 * i) for i in range(RECORD))
+        inputs = [b.add(x, b.mul(dx, const(v))) for v in range(width)]
+        low, high = (splat(b, load(b, limits, F32, 4 * i), lanes) for i in range(2))
+
+        def product(j: Value, acc: list[Value]) -> Sequence[Value]:
+            offset, weights = load_index(b, scaled(b, offsets, j, 4)), scaled(b, values, j, 4 * rows)
+            pixels = [load(b, b.add(address, offset), kind) for address in inputs]
+            for i in range(rows):
+                weight = splat(b, load(b, weights, F32, 4 * i), lanes)
+                for v in range(width):
+                    acc[i * width + v] = multiply_add(b, isa, weight, pixels[v], acc[i * width + v])
+            return acc
+
+        def block_row(n: Value, _: list[Value]) -> list[Value]:
+            first = scaled(b, bias, n, 4 * rows)
+            acc = [splat(b, load(b, first, F32, 4 * i), lanes) for i in range(rows) for _ in range(width)]
+            start, stop = (load_index(b, scaled(b, starts, n, 4), 4 * i) for i in range(2))
+            acc = loop(b, start, stop, 1, acc, product)
+            place = b.mul(b.mul(n, const(rows)), channel)
+            for i in range(rows):
+                for v in range(width):
+                    at = b.add(b.add(place, b.mul(channel, const(i))), b.mul(dy, const(v)))
+                    value = acc[i * width + v]
+                    if residual:
+                        value = b.fadd(value, load(b, b.add(r, at), kind))
+                    store(b, _finish(b, value, low, high), b.add(y, at))
+            return []
+
+        loop(b, n0, n1, 1, [], block_row)
+
+    return procedure(f"graphopt_spmm_{isa.name}_{rows}x{width}{'_sum' * residual}", 6, emit)
+
+
+def transpose(isa: Isa) -> Any:
+    """void(target, target_pitch, source, source_pitch): a square of `lanes` x `lanes` floats, pitches in bytes."""
+    lanes, kind = isa.lanes, vector(F32, isa.lanes)
+
+    def emit(b: Builder, target: Value, target_pitch: Value, source: Value, source_pitch: Value) -> None:
+        rows = [load(b, b.add(source, b.mul(source_pitch, const(i))), kind) for i in range(lanes)]
+        half = lanes // 2
+        while half:
+            # rows i and i + half swap the off-diagonal blocks of size half
+            for i in range(lanes):
+                if i & half:
+                    continue
+                one, two = rows[i], rows[i + half]
+                keep = [k if not k & half else lanes + k - half for k in range(lanes)]
+                swap = [k + half if not k & half else lanes + k for k in range(lanes)]
+                rows[i], rows[i + half] = shuffle(b, one, two, keep), shuffle(b, one, two, swap)
+            half //= 2
+        for i, row in enumerate(rows):
+            store(b, row, b.add(target, b.mul(target_pitch, const(i))))
+
+    return procedure(f"graphopt_transpose_{isa.name}", 4, emit)

@@ -1,0 +1,222 @@
+"""Checking a sparse plan and its weights, and arranging them. Nothing in a model file is trusted.
+
+Templates, as in the `engine_*` modules.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from graphopt.kernels.engine_state import H_ACTIVATIONS, R_DATA, R_DIMS, R_RANK, R_TYPE, TENSOR_RECORD, fail, get, own, put, release_all
+from graphopt.kernels.memory import copy, fill, free, ld32, ldf, ldu8, malloc, st32, stf, text
+from graphopt.kernels.sparse_plan import (
+    CONV,
+    MAGIC,
+    MAX_CHANNELS,
+    MAX_WINDOW,
+    P_ACTIVATIONS,
+    P_BIAS,
+    P_COLUMNS,
+    P_DH,
+    P_IN,
+    P_KH,
+    P_KIND,
+    P_KW,
+    P_MAGIC,
+    P_OUT,
+    P_PR,
+    P_PT,
+    P_ROWS,
+    P_VERSION,
+    PLAN,
+    ROWS,
+    VERSION,
+)
+from graphopt.kernels.sparse_state import (
+    H_BIAS,
+    H_COLUMNS,
+    H_COUNT,
+    H_LANES,
+    H_LIMITS,
+    H_PLAN,
+    H_ROWS,
+    H_SIZE,
+    H_STARTS,
+    H_VALUES,
+)
+
+MAX_COLUMNS = 1 << 28
+MAX_WEIGHTS = 1 << 29
+
+
+def outside(plan: int, first: int, last: int, low: int, high: int) -> int:
+    """The first slot of [first, last] whose number is not within bounds, or -1."""
+    for slot in range(first, last + 1):
+        if get(plan, slot) < low or get(plan, slot) > high:
+            return slot
+    return -1
+
+
+def check_plan(plan: int, plan_len: int, scales: int, n_scales: int, error: int) -> int:
+    if plan_len != PLAN or get(plan, P_MAGIC) != MAGIC or get(plan, P_VERSION) != VERSION:
+        return fail(error, text("not a sparse plan of this version of graphopt"), -1, plan_len)
+    if outside(plan, P_KIND, P_BIAS, 0, 1) >= 0 or outside(plan, P_ACTIVATIONS, P_ACTIVATIONS, 1, 2) >= 0:
+        return fail(error, text("kind, bias or activations of the plan are out of range"), -1, get(plan, P_KIND))
+    if outside(plan, P_OUT, P_IN, 1, MAX_CHANNELS) >= 0:
+        return fail(error, text("channels of the plan are out of range"), -1, get(plan, P_OUT))
+    if outside(plan, P_KH, P_DH + 1, 1, MAX_WINDOW) >= 0 or outside(plan, P_PT, P_PR, 0, MAX_WINDOW) >= 0:
+        return fail(error, text("kernel, strides, dilations or pads are out of range"), -1, get(plan, P_KH))
+    if get(plan, P_KIND) == ROWS and (outside(plan, P_KH, P_DH + 1, 1, 1) >= 0 or outside(plan, P_PT, P_PR, 0, 0) >= 0):
+        return fail(error, text("a product of rows has no window"), -1, get(plan, P_KH))
+    rows, columns = get(plan, P_ROWS), get(plan, P_COLUMNS)
+    if not ((rows == 1 or rows == 4 or rows == 16) and (columns == 1 or columns == 4)):
+        return fail(error, text("no kernel for blocks of so many rows"), -1, rows)
+    wide = get(plan, P_IN) * get(plan, P_KH) * get(plan, P_KW)
+    if wide > MAX_COLUMNS or get(plan, P_OUT) % rows != 0 or wide % columns != 0:
+        return fail(error, text("blocks do not cover the weights exactly; columns"), -1, wide)
+    if n_scales != 2 or not ldf(scales) <= ldf(scales + 4):
+        return fail(error, text("expected two limits, the lower one first; there are"), -1, n_scales)
+    return 1
+
+
+def check_shape(record: int, kind: int, rank: int, first: int, second: int) -> bool:
+    """Whether a constant has this element type, rank and sizes (the second where the rank is 2)."""
+    if get(record, R_DATA) == 0 or get(record, R_TYPE) != kind or get(record, R_RANK) != rank:
+        return False
+    return get(record, R_DIMS) == first and (rank == 1 or get(record, R_DIMS + 1) == second)
+
+
+def check_finite(address: int, count: int) -> int:
+    """The index of the first float that is NaN or infinite, or -1."""
+    for i in range(count):
+        value = ldf(address + 4 * i)
+        if not value - value == np.float32(0):
+            return i
+    return -1
+
+
+def check_weights(plan: int, consts: int, n_consts: int, error: int) -> int:
+    """Types, sizes, places and numbers of the constants."""
+    if n_consts != 2 + get(plan, P_BIAS):
+        return fail(error, text("the plan was made for another number of constants"), -1, n_consts)
+    rows, columns = get(plan, P_ROWS), get(plan, P_COLUMNS)
+    values, gaps = consts, consts + 8 * TENSOR_RECORD
+    blocks = get(gaps, R_DIMS)
+    if blocks < 1 or blocks > MAX_WEIGHTS // (rows * columns) or not check_shape(gaps, 2, 1, blocks, 0):
+        return fail(error, text("gaps must be uint8 [blocks], blocks at least 1; found"), -1, blocks)
+    if not check_shape(values, 1, 2, blocks, rows * columns):
+        return fail(error, text("values must be float32 [blocks, rows * columns]; blocks"), -1, blocks)
+    bad = check_finite(get(values, R_DATA), blocks * rows * columns)
+    if bad >= 0:
+        return fail(error, text("a weight is NaN or infinite: number"), -1, bad)
+    if get(plan, P_BIAS) == 1:
+        bias = consts + 16 * TENSOR_RECORD
+        if not check_shape(bias, 1, 1, get(plan, P_OUT), 0):
+            return fail(error, text("bias must be float32, one number an output channel"), -1, get(plan, P_OUT))
+        bad = check_finite(get(bias, R_DATA), get(plan, P_OUT))
+        if bad >= 0:
+            return fail(error, text("a bias is NaN or infinite: number"), -1, bad)
+    places = get(plan, P_OUT) // rows * (get(plan, P_IN) * get(plan, P_KH) * get(plan, P_KW) // columns)
+    place = 0
+    for i in range(blocks):
+        gap = ldu8(get(gaps, R_DATA) + i)
+        place += gap
+        if gap == 0 or place > places:
+            return fail(error, text("a gap is 0 or leads out of the weights: number"), -1, i)
+    return 1
+
+
+def any_weight(source: int, step: int, rows: int) -> bool:
+    """Whether one of `rows` floats, so many bytes apart, is not zero."""
+    for i in range(rows):
+        if ldf(source + i * step) != np.float32(0):
+            return True
+    return False
+
+
+def arrange(handle: int, values: int, gaps: int, blocks: int, counting: int) -> None:
+    """Count the blocks of each row of blocks, as the kernels see them (in H_STARTS, one entry late), or write them there.
+
+    Stored blocks are cut into columns of H_ROWS rows, and those that are all zero are left out.
+    """
+    plan, starts = get(handle, H_PLAN), get(handle, H_STARTS)
+    rows, columns, kernel_rows = get(plan, P_ROWS), get(plan, P_COLUMNS), get(handle, H_ROWS)
+    across = get(plan, P_IN) * get(plan, P_KH) * get(plan, P_KW) // columns
+    place = -1
+    for i in range(blocks):
+        place += ldu8(gaps + i)
+        row, column = place // across, place % across
+        for part in range(rows // kernel_rows):
+            target = row * (rows // kernel_rows) + part
+            for c in range(columns):
+                source = values + 4 * ((i * rows + part * kernel_rows) * columns + c)
+                if not any_weight(source, 4 * columns, kernel_rows):
+                    continue
+                index = ld32(starts + 4 * (target + 1))
+                st32(starts + 4 * (target + 1), index + 1)
+                if counting == 0:
+                    st32(get(handle, H_COLUMNS) + 4 * index, column * columns + c)
+                    for r in range(kernel_rows):
+                        stf(get(handle, H_VALUES) + 4 * (index * kernel_rows + r), ldf(source + 4 * columns * r))
+
+
+def fill_sparse(handle: int, plan: int, scales: int, consts: int, error: int) -> int:
+    """Copy and arrange everything."""
+    outputs = get(plan, P_OUT)
+    kernel_rows = 1 if get(plan, P_ROWS) == 1 else 4
+    block_rows = outputs // kernel_rows
+    kept, starts = own(handle, 8 * PLAN), own(handle, 4 * (block_rows + 2))
+    bias, limits = own(handle, 4 * outputs), own(handle, 8)
+    if kept == 0 or starts == 0 or bias == 0 or limits == 0:
+        return fail(error, text("no memory for the weights"), -1, outputs)
+    copy(kept, plan, 8 * PLAN)
+    copy(limits, scales, 8)
+    fill(starts, 0, 4 * (block_rows + 2))
+    fill(bias, 0, 4 * outputs)
+    if get(plan, P_BIAS) == 1:
+        copy(bias, get(consts + 16 * TENSOR_RECORD, R_DATA), 4 * outputs)
+    put(handle, H_PLAN, kept)
+    put(handle, H_STARTS, starts)
+    put(handle, H_BIAS, bias)
+    put(handle, H_LIMITS, limits)
+    put(handle, H_ROWS, kernel_rows)
+    put(handle, H_ACTIVATIONS, get(plan, P_ACTIVATIONS))
+    values, gaps = get(consts, R_DATA), get(consts + 8 * TENSOR_RECORD, R_DATA)
+    blocks = get(consts + 8 * TENSOR_RECORD, R_DIMS)
+    arrange(handle, values, gaps, blocks, 1)
+    # counts stand one entry late; where each row of blocks begins is their running sum, and writing moves it to where the next does
+    total = 0
+    for n in range(block_rows):
+        mine = ld32(starts + 4 * (n + 1))
+        st32(starts + 4 * (n + 1), total)
+        total += mine
+    columns, weights = own(handle, 4 * total + 4), own(handle, 4 * kernel_rows * total + 4)
+    if columns == 0 or weights == 0:
+        return fail(error, text("no memory for the weights"), -1, total)
+    put(handle, H_COLUMNS, columns)
+    put(handle, H_VALUES, weights)
+    put(handle, H_COUNT, total)
+    arrange(handle, values, gaps, blocks, 0)
+    return 1
+
+
+def create_for(
+    plan: int, plan_len: int, scales: int, n_scales: int, consts: int, n_consts: int, error: int, lanes: int
+) -> int:  # fmt: skip
+    """As `create`, for kernels of so many lanes."""
+    if check_plan(plan, plan_len, scales, n_scales, error) == 0 or check_weights(plan, consts, n_consts, error) == 0:
+        return 0
+    handle = malloc(8 * H_SIZE)
+    if handle == 0:
+        return fail(error, text("no memory for the weights"), -1, plan_len)
+    fill(handle, 0, 8 * H_SIZE)
+    put(handle, H_LANES, lanes)
+    if fill_sparse(handle, plan, scales, consts, error) == 0:
+        release_all(handle)
+        free(handle)
+        return 0
+    return handle
+
+
+assert CONV == 1  # check_plan: kinds are 0 and 1
+TEMPLATES = (outside, check_plan, check_shape, check_finite, check_weights, any_weight, arrange, fill_sparse, create_for)

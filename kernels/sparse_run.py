@@ -1,0 +1,332 @@
+"""Running sparse weights: copying the input where it must be padded or transposed, and tiles of pixels, on several threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graphopt.kernels.abi import atomic_cas, atomic_store, parallel_for, stack64, symaddr
+from graphopt.kernels.engine_state import I_HANDLE, R_DATA, TENSOR_RECORD, get, put
+from graphopt.kernels.memory import copy as copy_bytes
+from graphopt.kernels.memory import fill, ldf, stf
+from graphopt.kernels.micro_sparse import S_BIAS, S_CHANNEL, S_DX, S_DY, S_LIMITS, S_OFFSETS, S_STARTS, S_VALUES
+from graphopt.kernels.sparse_plan import P_ACTIVATIONS, P_DH, P_DW, P_IN, P_KH, P_KW, P_OUT, P_PL, P_PT, P_SH, P_SW
+from graphopt.kernels.sparse_state import (
+    DIRECT,
+    H_BIAS,
+    H_LIMITS,
+    H_PLAN,
+    H_ROWS,
+    H_STARTS,
+    H_VALUES,
+    I_CHANNEL,
+    I_COPIES,
+    I_DX,
+    I_DY,
+    I_FLAGS,
+    I_H,
+    I_IMAGES,
+    I_MODE,
+    I_OFFSETS,
+    I_OH,
+    I_OW,
+    I_PARTS,
+    I_PH,
+    I_PITCH,
+    I_PW,
+    I_SCRATCH,
+    I_SLOT,
+    I_SMALL,
+    I_TILE_COUNT,
+    I_TILES,
+    I_W,
+    PADDED,
+    TILE,
+    TRANSPOSED,
+    U_INPUT,
+    U_INSTANCE,
+    U_OUTPUT,
+    U_PARTS,
+    U_RECORD,
+    U_RESIDUAL,
+)
+
+# given by the rung
+LANES = 1
+COPY_BODY, TILE_BODY, ROWS_BODY = "", "", ""
+one8: Any = None
+one4: Any = None
+one2: Any = None
+one1: Any = None
+one8_sum: Any = None
+one4_sum: Any = None
+one2_sum: Any = None
+one1_sum: Any = None
+four3: Any = None
+four2: Any = None
+four1: Any = None
+four3_sum: Any = None
+four2_sum: Any = None
+four1_sum: Any = None
+square: Any = None
+
+
+def span_one(s: int, x: int, y: int, r: int, vectors: int, n0: int, n1: int) -> None:
+    """Rows [n0, n1) of single weights; r: the residual, or 0."""
+    dx, dy, v = get(s, S_DX), get(s, S_DY), 0
+    while v < vectors:
+        rest, i, o = vectors - v, x + v * dx, y + v * dy
+        if rest >= 8:
+            if r == 0:
+                one8(s, i, o, 0, n0, n1)
+            else:
+                one8_sum(s, i, o, r + v * dy, n0, n1)
+            v += 8
+        elif rest >= 4:
+            if r == 0:
+                one4(s, i, o, 0, n0, n1)
+            else:
+                one4_sum(s, i, o, r + v * dy, n0, n1)
+            v += 4
+        elif rest >= 2:
+            if r == 0:
+                one2(s, i, o, 0, n0, n1)
+            else:
+                one2_sum(s, i, o, r + v * dy, n0, n1)
+            v += 2
+        else:
+            if r == 0:
+                one1(s, i, o, 0, n0, n1)
+            else:
+                one1_sum(s, i, o, r + v * dy, n0, n1)
+            v += 1
+
+
+def span_four(s: int, x: int, y: int, r: int, vectors: int, n0: int, n1: int) -> None:
+    """As `span_one`, of blocks of four rows."""
+    dx, dy, v = get(s, S_DX), get(s, S_DY), 0
+    while v < vectors:
+        rest, i, o = vectors - v, x + v * dx, y + v * dy
+        if rest >= 3 and rest != 4:
+            if r == 0:
+                four3(s, i, o, 0, n0, n1)
+            else:
+                four3_sum(s, i, o, r + v * dy, n0, n1)
+            v += 3
+        elif rest >= 2:
+            if r == 0:
+                four2(s, i, o, 0, n0, n1)
+            else:
+                four2_sum(s, i, o, r + v * dy, n0, n1)
+            v += 2
+        else:
+            if r == 0:
+                four1(s, i, o, 0, n0, n1)
+            else:
+                four1_sum(s, i, o, r + v * dy, n0, n1)
+            v += 1
+
+
+def span(rows: int, s: int, x: int, y: int, r: int, vectors: int, n0: int, n1: int) -> None:
+    if rows == 1:
+        span_one(s, x, y, r, vectors, n0, n1)
+    else:
+        span_four(s, x, y, r, vectors, n0, n1)
+
+
+def block_rows(handle: int) -> int:
+    """Rows of blocks of the weights."""
+    outputs = get(get(handle, H_PLAN), P_OUT)
+    return outputs if get(handle, H_ROWS) == 1 else outputs // 4
+
+
+def set_record(instance: int, s: int) -> None:
+    """What the kernels read."""
+    handle = get(instance, I_HANDLE)
+    put(s, S_DX, get(instance, I_DX))
+    put(s, S_DY, get(instance, I_DY))
+    put(s, S_CHANNEL, get(instance, I_CHANNEL))
+    put(s, S_STARTS, get(handle, H_STARTS))
+    put(s, S_OFFSETS, get(instance, I_OFFSETS))
+    put(s, S_VALUES, get(handle, H_VALUES))
+    put(s, S_BIAS, get(handle, H_BIAS))
+    put(s, S_LIMITS, get(handle, H_LIMITS))
+
+
+def copy_line(target: int, source: int, first: int, step: int, width: int, count: int) -> None:
+    """target[i] = source[first + i * step] for i < count, zero where that is outside [0, width)."""
+    i = 0
+    while i < count and first + i * step < 0:
+        stf(target + 4 * i, 0.0)
+        i += 1
+    if step == 1:
+        inside = max(0, min(count - i, width - first - i))
+        if inside > 0:
+            copy_bytes(target + 4 * i, source + 4 * (first + i), 4 * inside)
+            i += inside
+    while i < count and first + i * step < width:
+        stf(target + 4 * i, ldf(source + 4 * (first + i * step)))
+        i += 1
+    if i < count:
+        fill(target + 4 * i, 0, 4 * (count - i))
+
+
+def pad_channel(instance: int, plan: int, source: int, c: int) -> None:
+    """One channel into the planes of its phases; lines above and below the image stay zero."""
+    h, w, ph, pw = get(instance, I_H), get(instance, I_W), get(instance, I_PH), get(instance, I_PW)
+    sh, sw, top, left = get(plan, P_SH), get(plan, P_SW), get(plan, P_PT), get(plan, P_PL)
+    used_h, used_w = min(sh, (get(plan, P_KH) - 1) * get(plan, P_DH) + 1), min(sw, (get(plan, P_KW) - 1) * get(plan, P_DW) + 1)
+    for y in range(used_h):
+        for x in range(used_w):
+            plane = get(instance, I_SCRATCH) + 4 * (((c * sh + y) * sw + x) * ph * pw)
+            for line in range(ph):
+                at = line * sh + y - top
+                if at >= 0 and at < h:
+                    copy_line(plane + 4 * line * pw, source + 4 * (c * h + at) * w, x - left, sw, w, pw)
+
+
+def unfold_channel(instance: int, plan: int, source: int, c: int) -> None:
+    """One channel, all output pixels for each tap."""
+    h, w, oh, ow, pitch = get(instance, I_H), get(instance, I_W), get(instance, I_OH), get(instance, I_OW), get(instance, I_PITCH)
+    kh, kw, sh, sw = get(plan, P_KH), get(plan, P_KW), get(plan, P_SH), get(plan, P_SW)
+    for ky in range(kh):
+        for kx in range(kw):
+            plane = get(instance, I_SCRATCH) + 4 * pitch * ((c * kh + ky) * kw + kx)
+            for line in range(oh):
+                at = line * sh + ky * get(plan, P_DH) - get(plan, P_PT)
+                if at >= 0 and at < h:
+                    first = kx * get(plan, P_DW) - get(plan, P_PL)
+                    copy_line(plane + 4 * line * ow, source + 4 * (c * h + at) * w, first, sw, w, ow)
+                else:
+                    fill(plane + 4 * line * ow, 0, 4 * ow)
+
+
+def copy_body(usr: int, part: int) -> None:
+    """A part of the channels of the input."""
+    instance = get(usr, U_INSTANCE)
+    plan = get(get(instance, I_HANDLE), H_PLAN)
+    channels, parts = get(plan, P_IN), get(instance, I_COPIES)
+    for c in range(channels * part // parts, channels * (part + 1) // parts):
+        if get(instance, I_MODE) == PADDED:
+            pad_channel(instance, plan, get(usr, U_INPUT), c)
+        else:
+            unfold_channel(instance, plan, get(usr, U_INPUT), c)
+
+
+def tile_body(usr: int, part: int) -> None:
+    """A part of the tiles, or of the output channels."""
+    instance = get(usr, U_INSTANCE)
+    handle = get(instance, I_HANDLE)
+    tiles, rows = get(instance, I_TILE_COUNT), block_rows(handle)
+    t0, t1, n0, n1 = 0, tiles, 0, rows
+    parts = get(usr, U_PARTS)
+    if tiles >= parts:
+        t0, t1 = tiles * part // parts, tiles * (part + 1) // parts
+    else:
+        n0, n1 = rows * part // parts, rows * (part + 1) // parts
+    residual = get(usr, U_RESIDUAL)
+    for t in range(t0, t1):
+        tile = get(instance, I_TILES) + 8 * TILE * t
+        r = residual + get(tile, 1) if residual != 0 else 0
+        x, y = get(usr, U_INPUT) + get(tile, 0), get(usr, U_OUTPUT) + get(tile, 1)
+        span(get(handle, H_ROWS), get(usr, U_RECORD), x, y, r, get(tile, 2), n0, n1)
+
+
+def turn(target: int, target_pitch: int, source: int, source_pitch: int, rows: int, columns: int) -> None:
+    """target[c][r] = source[r][c] of floats; pitches in bytes."""
+    for r in range(0, rows, LANES):
+        for c in range(0, columns, LANES):
+            to, at = target + c * target_pitch + 4 * r, source + r * source_pitch + 4 * c
+            if r + LANES <= rows and c + LANES <= columns:
+                square(to, target_pitch, at, source_pitch)
+            else:
+                for i in range(min(LANES, rows - r)):
+                    for j in range(min(LANES, columns - c)):
+                        stf(to + j * target_pitch + 4 * i, ldf(at + i * source_pitch + 4 * j))
+
+
+def take_slot(flags: int, slots: int) -> int:
+    """Scratch memory of no other thread: there are as many as parts."""
+    slot = 0
+    while atomic_cas(flags + 8 * slot, 0, 1) != 0:
+        slot = slot + 1 if slot + 1 < slots else 0
+    return slot
+
+
+def rows_body(usr: int, part: int) -> None:
+    """A part of the tiles of rows: transposed, multiplied, transposed back."""
+    instance = get(usr, U_INSTANCE)
+    handle = get(instance, I_HANDLE)
+    plan, parts = get(handle, H_PLAN), get(usr, U_PARTS)
+    width, outputs, tile = get(plan, P_IN), get(plan, P_OUT), get(instance, I_OW)
+    slot = take_slot(get(instance, I_FLAGS), parts)
+    x = get(instance, I_SCRATCH) + slot * get(instance, I_SLOT)
+    y = x + 4 * tile * width
+    r = y + 4 * tile * outputs if get(plan, P_ACTIVATIONS) == 2 else 0
+    tiles = get(instance, I_TILE_COUNT)
+    for t in range(tiles * part // parts, tiles * (part + 1) // parts):
+        count = min(tile, get(instance, I_OH) - t * tile)
+        place = 4 * t * tile * outputs
+        turn(x, 4 * tile, get(usr, U_INPUT) + 4 * t * tile * width, 4 * width, count, width)
+        if r != 0:
+            turn(r, 4 * tile, get(usr, U_RESIDUAL) + place, 4 * outputs, count, outputs)
+        span(get(handle, H_ROWS), get(usr, U_RECORD), x, y, r, (count + LANES - 1) // LANES, 0, block_rows(handle))
+        turn(get(usr, U_OUTPUT) + place, 4 * outputs, y, 4 * tile, outputs, count)
+    atomic_store(get(instance, I_FLAGS) + 8 * slot, 0)
+
+
+def copy_channels(target: int, target_pitch: int, source: int, source_pitch: int, size: int, channels: int) -> None:
+    """`size` bytes of each channel."""
+    for c in range(channels):
+        copy_bytes(target + c * target_pitch, source + c * source_pitch, size)
+
+
+def run_image(instance: int, usr: int, par: int) -> None:
+    """One image."""
+    handle = get(instance, I_HANDLE)
+    plan, small = get(handle, H_PLAN), get(instance, I_SMALL)
+    if get(instance, I_MODE) != DIRECT:
+        put(usr, U_PARTS, get(instance, I_COPIES))
+        parallel_for(par if get(instance, I_COPIES) > 1 else 0, symaddr(COPY_BODY), get(instance, I_COPIES), usr)
+        put(usr, U_INPUT, get(instance, I_SCRATCH))
+    output, size, outputs = get(usr, U_OUTPUT), 4 * get(instance, I_OH) * get(instance, I_OW), get(plan, P_OUT)
+    if small != 0:  # an image smaller than a vector
+        put(usr, U_OUTPUT, small)
+        if get(usr, U_RESIDUAL) != 0:
+            residual = small + outputs * get(instance, I_CHANNEL)
+            copy_channels(residual, get(instance, I_CHANNEL), get(usr, U_RESIDUAL), size, size, outputs)
+            put(usr, U_RESIDUAL, residual)
+    parts = min(get(instance, I_PARTS), max(get(instance, I_TILE_COUNT), block_rows(handle)))
+    put(usr, U_PARTS, parts)
+    parallel_for(par if parts > 1 else 0, symaddr(TILE_BODY), parts, usr)
+    if small != 0:
+        copy_channels(output, size, small, get(instance, I_CHANNEL), size, outputs)
+
+
+def run(instance: int, inputs: int, outputs: int, par: int) -> int:
+    """The whole batch; `inputs`: tensor records, `outputs`: addresses. Always 0."""
+    plan = get(get(instance, I_HANDLE), H_PLAN)
+    record, usr = stack64(8), stack64(16)
+    set_record(instance, record)
+    residual = get(inputs + 8 * TENSOR_RECORD, R_DATA) if get(plan, P_ACTIVATIONS) == 2 else 0
+    put(usr, U_INSTANCE, instance)
+    put(usr, U_RECORD, record)
+    images, transposed = get(instance, I_IMAGES), get(instance, I_MODE) == TRANSPOSED
+    size = 4 * get(plan, P_IN) * get(instance, I_H) * get(instance, I_W)
+    out = 4 * get(plan, P_OUT) * get(instance, I_OH) * get(instance, I_OW)
+    for image in range(images):
+        put(usr, U_INPUT, get(inputs, R_DATA) + image * size)
+        put(usr, U_OUTPUT, get(outputs, 0) + image * out)
+        put(usr, U_RESIDUAL, residual + image * out if residual != 0 else 0)
+        if transposed:
+            parts = get(instance, I_PARTS)
+            put(usr, U_PARTS, parts)
+            parallel_for(par if parts > 1 else 0, symaddr(ROWS_BODY), parts, usr)
+        else:
+            run_image(instance, usr, par)
+    return 0
+
+
+PARTS = (
+    span_one, span_four, span, block_rows, copy_line, pad_channel, unfold_channel, copy_body, tile_body, turn, take_slot, rows_body,
+)  # fmt: skip
+TEMPLATES = (set_record, copy_channels, run_image, run)  # which reach those by symbols that must be known before
