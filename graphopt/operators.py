@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx
 
 DOMAIN = "graphopt"
-PREFIX = "Int8Region"
+PREFIXES = ("Int8Region", "SparseLayer")
 MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 REMARK = "the model also runs without them, only slower (fallback=True, or --no-library)"
 Library = str | Path | Literal[False] | None
@@ -87,7 +87,7 @@ def regions(proto: onnx.ModelProto) -> list[RegionNode]:
     """The region nodes of a model, those in subgraphs too."""
     names = [f.name for f in proto.functions if f.domain == DOMAIN]
     sizes = {f.name: _computing(f) for f in proto.functions if f.domain == DOMAIN}
-    found = [node.op_type for node in _nodes(proto.graph) if node.domain == DOMAIN and node.op_type.startswith(PREFIX)]
+    found = [node.op_type for node in _nodes(proto.graph) if node.domain == DOMAIN and node.op_type.startswith(PREFIXES)]
     return [RegionNode(name, sizes.get(name, 0)) for name in found or names]
 
 
@@ -106,12 +106,12 @@ def _nodes(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
 def has_regions(model: str | Path | bytes | onnx.ModelProto) -> bool:
     """Whether the model has nodes that graphopt's library runs; cheap where it has none, however large it is."""
     if isinstance(model, bytes):
-        return PREFIX.encode() in model and bool(regions(_parsed(model)))
+        return any(p.encode() in model for p in PREFIXES) and bool(regions(_parsed(model)))
     if not isinstance(model, str | Path):
         return bool(regions(model))
     try:
         with Path(model).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(PREFIX.encode()) < 0:
+            if all(content.find(p.encode()) < 0 for p in PREFIXES):
                 return False
         return bool(regions(_parsed(Path(model).read_bytes())))
     except (OSError, ValueError):  # not there, or empty: onnxruntime says what is wrong with it

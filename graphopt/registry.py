@@ -19,6 +19,7 @@ ENTRY_POINTS = "graphopt.passes"
 BUILTIN = {
     "common-subexpressions": "graphopt.passes.common_subexpressions",
     "compile-int8": "graphopt.passes.compile_int8",
+    "compile-sparse": "graphopt.passes.compile_sparse",
     "dead-code": "graphopt.passes.dead_code",
     "drop-defaults": "graphopt.passes.drop_defaults",
     "flush-denormals": "graphopt.passes.flush_denormals",
@@ -36,6 +37,7 @@ BUILTIN = {
     "quantize": "graphopt.passes.quantize",
     "recover": "graphopt.passes.recover",
     "remove-noops": "graphopt.passes.remove_noops",
+    "sparsify": "graphopt.passes.sparsify",
 }
 
 

@@ -19,6 +19,7 @@ from graphopt.kernels.sparse_plan import (
     P_ACTIVATIONS,
     P_DH,
     P_DW,
+    P_GROUPS,
     P_IN,
     P_KH,
     P_KIND,
@@ -40,6 +41,7 @@ from graphopt.kernels.sparse_state import (
     H_LANES,
     H_PLAN,
     H_ROWS,
+    H_STARTS,
     I_CHANNEL,
     I_COPIES,
     I_DX,
@@ -132,14 +134,17 @@ def set_offsets(handle: int, instance: int) -> int:
     put(instance, I_OFFSETS, offsets)
     kw, taps = get(plan, P_KW), get(plan, P_KH) * get(plan, P_KW)
     sh, sw, ph, pw = get(plan, P_SH), get(plan, P_SW), get(instance, I_PH), get(instance, I_PW)
-    padded, pitch = get(instance, I_MODE) == PADDED, get(instance, I_PITCH)
-    for i in range(count):
-        k = ld32(get(handle, H_COLUMNS) + 4 * i)
-        place = k * pitch
-        if padded:
-            y, x = k % taps // kw * get(plan, P_DH), k % taps % kw * get(plan, P_DW)
-            place = (((k // taps * sh + y % sh) * sw + x % sw) * ph + y // sh) * pw + x // sw
-        st32(offsets + 4 * i, 4 * place)
+    padded, pitch, starts = get(instance, I_MODE) == PADDED, get(instance, I_PITCH), get(handle, H_STARTS)
+    rows = get(plan, P_OUT) // get(handle, H_ROWS)
+    for n in range(rows):
+        first = n * get(plan, P_GROUPS) // rows * (get(plan, P_IN) // get(plan, P_GROUPS)) * taps  # column of its group
+        for i in range(ld32(starts + 4 * n), ld32(starts + 4 * n + 4)):
+            k = ld32(get(handle, H_COLUMNS) + 4 * i) + first
+            place = k * pitch
+            if padded:
+                y, x = k % taps // kw * get(plan, P_DH), k % taps % kw * get(plan, P_DW)
+                place = (((k // taps * sh + y % sh) * sw + x % sw) * ph + y // sh) * pw + x // sw
+            st32(offsets + 4 * i, 4 * place)
     return 1
 
 

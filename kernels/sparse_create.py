@@ -18,6 +18,7 @@ from graphopt.kernels.sparse_plan import (
     P_BIAS,
     P_COLUMNS,
     P_DH,
+    P_GROUPS,
     P_IN,
     P_KH,
     P_KIND,
@@ -57,6 +58,11 @@ def outside(plan: int, first: int, last: int, low: int, high: int) -> int:
     return -1
 
 
+def across(plan: int) -> int:
+    """Columns of the matrix of weights."""
+    return get(plan, P_IN) // get(plan, P_GROUPS) * get(plan, P_KH) * get(plan, P_KW)
+
+
 def check_plan(plan: int, plan_len: int, scales: int, n_scales: int, error: int) -> int:
     if plan_len != PLAN or get(plan, P_MAGIC) != MAGIC or get(plan, P_VERSION) != VERSION:
         return fail(error, text("not a sparse plan of this version of graphopt"), -1, plan_len)
@@ -66,13 +72,16 @@ def check_plan(plan: int, plan_len: int, scales: int, n_scales: int, error: int)
         return fail(error, text("channels of the plan are out of range"), -1, get(plan, P_OUT))
     if outside(plan, P_KH, P_DH + 1, 1, MAX_WINDOW) >= 0 or outside(plan, P_PT, P_PR, 0, MAX_WINDOW) >= 0:
         return fail(error, text("kernel, strides, dilations or pads are out of range"), -1, get(plan, P_KH))
-    if get(plan, P_KIND) == ROWS and (outside(plan, P_KH, P_DH + 1, 1, 1) >= 0 or outside(plan, P_PT, P_PR, 0, 0) >= 0):
+    if get(plan, P_KIND) == ROWS and (outside(plan, P_KH, P_DH + 1, 1, 1) >= 0 or outside(plan, P_PT, P_PR, 0, 0) >= 0 or get(plan, P_GROUPS) != 1):
         return fail(error, text("a product of rows has no window"), -1, get(plan, P_KH))
     rows, columns = get(plan, P_ROWS), get(plan, P_COLUMNS)
     if not ((rows == 1 or rows == 4 or rows == 16) and (columns == 1 or columns == 4)):
         return fail(error, text("no kernel for blocks of so many rows"), -1, rows)
-    wide = get(plan, P_IN) * get(plan, P_KH) * get(plan, P_KW)
-    if wide > MAX_COLUMNS or get(plan, P_OUT) % rows != 0 or wide % columns != 0:
+    groups = get(plan, P_GROUPS)
+    if groups < 1 or groups > MAX_CHANNELS or get(plan, P_IN) % groups != 0 or get(plan, P_OUT) % groups != 0:
+        return fail(error, text("groups do not divide the channels"), -1, groups)
+    wide = across(plan)
+    if wide > MAX_COLUMNS or get(plan, P_OUT) // groups % rows != 0 or wide % columns != 0:
         return fail(error, text("blocks do not cover the weights exactly; columns"), -1, wide)
     if n_scales != 2 or not ldf(scales) <= ldf(scales + 4):
         return fail(error, text("expected two limits, the lower one first; there are"), -1, n_scales)
@@ -116,7 +125,7 @@ def check_weights(plan: int, consts: int, n_consts: int, error: int) -> int:
         bad = check_finite(get(bias, R_DATA), get(plan, P_OUT))
         if bad >= 0:
             return fail(error, text("a bias is NaN or infinite: number"), -1, bad)
-    places = get(plan, P_OUT) // rows * (get(plan, P_IN) * get(plan, P_KH) * get(plan, P_KW) // columns)
+    places = get(plan, P_OUT) // rows * (across(plan) // columns)
     place = 0
     for i in range(blocks):
         gap = ldu8(get(gaps, R_DATA) + i)
@@ -141,11 +150,11 @@ def arrange(handle: int, values: int, gaps: int, blocks: int, counting: int) -> 
     """
     plan, starts = get(handle, H_PLAN), get(handle, H_STARTS)
     rows, columns, kernel_rows = get(plan, P_ROWS), get(plan, P_COLUMNS), get(handle, H_ROWS)
-    across = get(plan, P_IN) * get(plan, P_KH) * get(plan, P_KW) // columns
+    blocks_across = across(plan) // columns
     place = -1
     for i in range(blocks):
         place += ldu8(gaps + i)
-        row, column = place // across, place % across
+        row, column = place // blocks_across, place % blocks_across
         for part in range(rows // kernel_rows):
             target = row * (rows // kernel_rows) + part
             for c in range(columns):
@@ -219,4 +228,4 @@ def create_for(
 
 
 assert CONV == 1  # check_plan: kinds are 0 and 1
-TEMPLATES = (outside, check_plan, check_shape, check_finite, check_weights, any_weight, arrange, fill_sparse, create_for)
+TEMPLATES = (outside, across, check_plan, check_shape, check_finite, check_weights, any_weight, arrange, fill_sparse, create_for)

@@ -56,7 +56,7 @@ class SparseGemm(_Sparse):
 
 
 class SparseConv(_Sparse):
-    """float32 [N, C, H, W] (or [N, C, W]) convolved with a weight [O, C, KH, KW]; blocks as in the matrix [O, C * KH * KW].
+    """float32 [N, C, H, W] (or [N, C, W]) convolved with a weight [O, C / groups, KH, KW]; blocks as in the matrix [O, C / groups * KH * KW].
 
     `pads`: top, left, bottom, right. Else as SparseGemm.
     """
@@ -64,11 +64,11 @@ class SparseConv(_Sparse):
     def __init__(
         self, weight: Array, *, bias: Array | None = None, block: Block = (1, 1), strides: int | Sequence[int] = 1,
         dilations: int | Sequence[int] = 1, pads: Sequence[int] = (0, 0, 0, 0), low: float = -np.inf, high: float = np.inf,
-        residual: bool = False, isa: str | None = None,
+        residual: bool = False, groups: int = 1, isa: str | None = None,
     ) -> None:  # fmt: skip
         _check_block(block)
         n, c, kh, kw = weight.shape
         top, left, bottom, right = (int(p) for p in pads)
-        window = Window((kh, kw), _pair(strides), _pair(dilations), (top, left, bottom, right))
-        plan = SparsePlan(CONV, n, c, block, window, bias is not None, residual, low, high)
+        window = Window((kh, kw), _pair(strides), _pair(dilations), (top, left, bottom, right), groups)
+        plan = SparsePlan(CONV, n, c * groups, block, window, bias is not None, residual, low, high)
         super().__init__(plan, weight.reshape(n, -1), bias, isa)

@@ -24,26 +24,27 @@ MAX_CHANNELS = 1 << 20
 MAX_WINDOW = 1 << 12  # of kernel, strides, dilations and pads
 
 # slots of the attribute `plan`; PLAN_ACTIVATIONS is where kernels/region.py looks for it
-(P_MAGIC, P_VERSION, P_KIND, P_BIAS, P_ACTIVATIONS, P_OUT, P_IN, P_KH, P_KW, P_SH, P_SW, P_DH, P_DW, P_PT, P_PL, P_PB, P_PR, P_ROWS,
- P_COLUMNS) = range(19)  # fmt: skip
-PLAN = 19
+(P_MAGIC, P_VERSION, P_KIND, P_BIAS, P_ACTIVATIONS, P_OUT, P_IN, P_KH, P_KW, P_SH, P_SW, P_DH, P_DW, P_PT, P_PL, P_PB, P_PR, P_GROUPS,
+ P_ROWS, P_COLUMNS) = range(20)  # fmt: skip
+PLAN = 20
 
 
 @dataclass(frozen=True)
 class Window:
-    """Of a convolution: kernel, strides, dilations, pads (top, left, bottom, right)."""
+    """Of a convolution: kernel, strides, dilations, pads (top, left, bottom, right), groups of channels."""
 
     kernel: tuple[int, int] = (1, 1)
     strides: tuple[int, int] = (1, 1)
     dilations: tuple[int, int] = (1, 1)
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    groups: int = 1
 
 
 @dataclass(frozen=True)
 class SparsePlan:
     """Inputs of the node: x, the residual if there is one, values, gaps, the bias if there is one.
 
-    y = min(max(W x + bias + residual, low), high); `inputs` are channels: the matrix has inputs * kernel columns, as in OIHW.
+    y = min(max(W x + bias + residual, low), high); `inputs` are channels: the matrix has inputs / groups * kernel columns, as in OIHW.
     """
 
     kind: int
@@ -70,12 +71,12 @@ class SparsePlan:
     @property
     def columns(self) -> int:
         """Of the weight matrix."""
-        return self.inputs * self.window.kernel[0] * self.window.kernel[1]
+        return self.inputs // self.window.groups * self.window.kernel[0] * self.window.kernel[1]
 
     def encode(self) -> list[int]:
         """The attribute `plan`."""
         w = self.window
-        numbers = (self.activations, self.outputs_, self.inputs, *w.kernel, *w.strides, *w.dilations, *w.pads, *self.block)
+        numbers = (self.activations, self.outputs_, self.inputs, *w.kernel, *w.strides, *w.dilations, *w.pads, w.groups, *self.block)
         return [MAGIC, VERSION, self.kind, int(self.bias), *numbers]
 
 

@@ -1,0 +1,177 @@
+"""Layers with zeros among their weights are stored and run sparse where that is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from graphopt.context import Context
+from graphopt.errors import DataError, OptionError
+from graphopt.feeds import input_specs, random_row
+from graphopt.kernels.sparse_plan import BLOCKS
+from graphopt.model import Model
+from graphopt.registry import register, suggest
+from graphopt.shapes import shapes
+from graphopt.sparse_choice import MARGIN, Choice, apply, by_measuring, by_table, density, forms, plain, static_shapes, whole_gains
+from graphopt.sparse_layers import Block, Layer, Site, find_layers
+
+NAME = "compile-sparse"
+
+
+@register(NAME, exact=True, after=("sparsify", "prune-channels", "fold-bn", "fold-scales"))
+def compile_sparse(
+    model: Model,
+    context: Context,
+    *,
+    choose: Literal["measure", "table"] = "measure",
+    layers: tuple[str, ...] = (),
+    sizes: tuple[str, ...] = (),
+) -> int:
+    """Layers that run faster with sparse weights become nodes of graphopt's library; returns their number.
+
+    - choose: measure times each layer dense and sparse on this machine, one thread, then the whole model, and keeps what is faster;
+      table decides by density alone, for models that will run elsewhere.
+    - layers: what was decided before, as in `recipe` of the report: name=rows x columns of a block, as layers=conv1=4x1,conv2=1x1.
+      Nothing else is changed, and nothing measured.
+    - sizes: of dynamic axes while measuring, as sizes=sequence=128; default: of the first calibration row, else nominal ones.
+
+    A layer is a convolution, a Gemm or a MatMul with its bias, residual sum and Relu or Clip. Its node `graphopt.SparseLayer<n>`
+    holds only the weights that are not zero, and a function of the same name makes dense ones of them where the library is not
+    loaded. Results are equal to rounding of float32.
+    """
+    site = Site(model, context.get(shapes, model), model.wiring())
+    found = find_layers(site)
+    for node, reason in found.reasons:
+        context.reject(node, reason)
+    usable = [layer for layer in found.layers if _finite(layer, context)]
+    if layers:
+        choices = _given(usable, layers)
+    elif choose == "table":
+        static = static_shapes(model, _sizes(sizes))
+        choices = [by_table(layer, _pixels(layer, static)) for layer in usable]
+    else:
+        choices = _measured(model, context, site, usable, _sizes(sizes))
+    problems = apply(model, {c.layer: c.block for c in choices if c.block is not None})
+    choices = [replace(c, block=None, why=problems[c.layer]) if c.layer in problems else c for c in choices]
+    taken = [c for c in choices if c.block is not None]
+    context.facts["layers"] = [c.row() for c in choices]
+    context.facts["recipe"] = [f"{c.layer}={c.row()['format']}" for c in taken]
+    for layer, choice in zip(usable, choices, strict=True):
+        if choice.block is None and not layers:
+            context.reject(layer.node, choice.why)
+    return len(taken)
+
+
+def _finite(layer: Layer, context: Context) -> bool:
+    numbers = [layer.matrix(), *([layer.bias] if layer.bias is not None else [])]
+    fine = all(np.isfinite(n).all() for n in numbers)
+    if not fine:
+        context.reject(layer.node, "its weights or biases are NaN or infinite")
+    return fine
+
+
+def _sizes(sizes: Sequence[str]) -> dict[str, int]:
+    found = {}
+    for text in sizes:
+        name, _, value = text.rpartition("=")
+        if not name or not value.isdigit() or not int(value):
+            raise OptionError(f"{NAME}: sizes={text}: expected axis=number, as in sizes=sequence=128")
+        found[name] = int(value)
+    return found
+
+
+def _given(usable: Sequence[Layer], decided: Sequence[str]) -> list[Choice]:
+    """The choices of a recipe. OptionError where it does not fit the model."""
+    known = {layer.name: layer for layer in usable}
+    blocks: dict[str, Block] = {}
+    for text in decided:
+        name, _, form = text.rpartition("=")
+        block = next((b for b in BLOCKS if f"{b[0]}x{b[1]}" == form), None)
+        if block is None:
+            valid = ", ".join(f"{r}x{c}" for r, c in BLOCKS)
+            raise OptionError(f"{NAME}: layers={text}: expected name=block, a block being one of {valid}")
+        if name not in known:
+            raise OptionError(f"{NAME}: layers={text}: no such layer; {suggest(name, known)}")
+        groups, matrix = known[name].window.groups, known[name].matrix()
+        if matrix.shape[0] // groups % block[0] or matrix.shape[1] % block[1]:
+            raise OptionError(f"{NAME}: layers={text}: such blocks do not cover weights of shape {matrix.shape} exactly")
+        blocks[name] = block
+    return [_plain_choice(layer, blocks.get(layer.name), "as the recipe says") for layer in usable]
+
+
+def _plain_choice(layer: Layer, block: Block | None, why: str) -> Choice:
+    return Choice(layer.name, block, density(layer), 1.0 if block is None else 0.0, None, None, why)
+
+
+def _pixels(layer: Layer, static: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Pixels, or rows, of one run."""
+    shape = static.get(layer.output.name)
+    return None if shape is None else int(np.prod(shape)) // layer.outputs
+
+
+def _feed(model: Model, context: Context, sizes: Mapping[str, int]) -> dict[str, np.ndarray] | None:
+    """One run's inputs: the first calibration row, else random ones; None where none can be made."""
+    if context.calibration is not None and not sizes:
+        return dict(next(iter(context.calibration.batches(1))))
+    static = static_shapes(model, sizes)
+    specs = [replace(s, shape=static.get(s.name, s.shape)) for s in input_specs(model.interface())]
+    try:
+        return random_row(specs, (0,))
+    except DataError:
+        return None
+
+
+def _measured(model: Model, context: Context, site: Site, usable: Sequence[Layer], sizes: dict[str, int]) -> list[Choice]:
+    feed = _feed(model, context, sizes)
+    if feed is not None:
+        named = {f"{name}[{axis}]": size for name, value in feed.items() for axis, size in enumerate(value.shape)}
+        sizes = {**_symbols(model, feed), **named, **sizes}
+    static = static_shapes(model, sizes)
+    choices = []
+    for number, layer in enumerate(usable):
+        choices.append(by_measuring(site, layer, static))
+        context.progress("measure layers", number + 1, len(usable))
+    return _judged(model, context, usable, choices, feed)
+
+
+def _symbols(model: Model, feed: Mapping[str, np.ndarray]) -> dict[str, int]:
+    specs = [s for s in input_specs(model.interface()) if s.shape is not None and s.name in feed]
+    return {dim: int(size) for s in specs for dim, size in zip(s.shape or (), feed[s.name].shape, strict=True) if isinstance(dim, str)}
+
+
+def _judged(
+    model: Model, context: Context, usable: Sequence[Layer], choices: list[Choice], feed: dict[str, np.ndarray] | None
+) -> list[Choice]:
+    """What is faster in the whole model: all chosen layers, these and grouped convolutions in the same layout, the surest, or none."""
+    chosen = {c.layer: c.block for c in choices if c.block is not None}
+    if not chosen or feed is None:
+        return choices
+    surest = {c.layer: c.block for c in choices if c.block is not None and (c.measured or 0) >= SURE}
+    variants = [chosen, {**plain(usable), **chosen}, surest]
+    kept: list[dict[str, Block]] = []
+    for variant in variants:
+        if variant and variant not in kept:
+            kept.append(variant)
+    gains = whole_gains(model, feed, kept)
+    context.facts["whole_model"] = [{"layers": len(v), "gain": round(g, 4)} for v, g in zip(kept, gains, strict=True)]
+    gain, best = max(zip(gains, kept, strict=True), key=lambda pair: pair[0])
+    if gain < MARGIN:
+        why = f"the whole model is not {MARGIN} times faster with it ({gain:.2f})"
+        return [replace(c, block=None, why=why if c.block is not None else c.why) for c in choices]
+    return [_after(layer, choice, best) for layer, choice in zip(usable, choices, strict=True)]
+
+
+def _after(layer: Layer, choice: Choice, best: Mapping[str, Block]) -> Choice:
+    block = best.get(layer.name)
+    if block == choice.block:
+        return choice
+    if block is None:
+        return replace(choice, block=None, why="the whole model is faster without it")
+    stored = next(f.stored for f in forms(layer) if f.block == block)
+    return replace(choice, block=block, stored=stored, why="dense, but in the layout of its neighbours: the whole model is faster so")
+
+
+SURE = 1.5  # gain by itself that is expected to last among dense neighbours
