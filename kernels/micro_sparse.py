@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llvmlite import ir
+
 from graphopt.kernels.isa import Isa
 from graphopt.kernels.vectors import (
     F32,
     I64,
     Builder,
     Value,
+    call,
     const,
     lanewise,
     load,
@@ -87,6 +90,49 @@ def spmm(isa: Isa, rows: int, width: int, residual: bool) -> Any:
         loop(b, n0, n1, 1, [], block_row)
 
     return procedure(f"graphopt_spmm_{isa.name}_{rows}x{width}{'_sum' * residual}", 6, emit)
+
+
+def dot(isa: Isa, rows: int) -> Any:
+    """void(S, x, y, r, n0, n1): block rows [n0, n1) of one row of features; offsets are bytes from x, r: the residual, or zeros."""
+    kind = F32 if rows == 1 else vector(F32, rows)
+    abreast = 4  # sums in flight
+
+    def step(b: Builder, fields: list[Value], x: Value, j: Value, acc: Value) -> Value:
+        offset, weights = load_index(b, scaled(b, fields[0], j, 4)), load(b, scaled(b, fields[1], j, 4 * rows), kind)
+        value = load(b, b.add(x, offset), F32)
+        if rows == 1:
+            return b.fadd(acc, b.fmul(value, weights)) if not fused else call(b, "llvm.fma.f32", F32, [value, weights, acc])
+        return multiply_add(b, isa, splat(b, value, rows), weights, acc)
+
+    fused = bool(isa.features & {"fma", "neon"})
+
+    def emit(b: Builder, record: Value, x: Value, y: Value, r: Value, n0: Value, n1: Value) -> None:
+        starts, offsets, values, bias, limits = (load(b, record, I64, 8 * i) for i in range(S_STARTS, RECORD))
+        low, high = (load(b, limits, F32, 4 * i) for i in range(2))
+        if rows > 1:
+            low, high = splat(b, low, rows), splat(b, high, rows)
+        zero = const(0.0, F32) if rows == 1 else ir.Constant(kind, None)
+
+        def block_row(n: Value, _: list[Value]) -> list[Value]:
+            place = b.mul(n, const(4 * rows))
+            start, stop = (load_index(b, scaled(b, starts, n, 4), 4 * i) for i in range(2))
+            whole = b.add(start, b.and_(b.sub(stop, start), const(-abreast)))
+            acc = [b.fadd(load(b, b.add(bias, place), kind), load(b, b.add(r, place), kind)), *[zero] * (abreast - 1)]
+            fields = [offsets, values]
+            acc = loop(
+                b, start, whole, abreast, acc,
+                lambda j, acc: [step(b, fields, x, b.add(j, const(i)), acc[i]) for i in range(abreast)],
+            )  # fmt: skip
+            (total,) = loop(
+                b, whole, stop, 1, [b.fadd(b.fadd(acc[0], acc[1]), b.fadd(acc[2], acc[3]))],
+                lambda j, acc: [step(b, fields, x, j, acc[0])],
+            )  # fmt: skip
+            store(b, _finish(b, total, low, high), b.add(y, place))
+            return []
+
+        loop(b, n0, n1, 1, [], block_row)
+
+    return procedure(f"graphopt_dot_{isa.name}_{rows}", 6, emit)
 
 
 def transpose(isa: Isa) -> Any:

@@ -36,6 +36,7 @@ from graphopt.kernels.sparse_plan import (
 from graphopt.kernels.sparse_state import (
     COLUMNS,
     DIRECT,
+    H_CHUNKS,
     H_COLUMNS,
     H_COUNT,
     H_LANES,
@@ -44,6 +45,7 @@ from graphopt.kernels.sparse_state import (
     H_STARTS,
     I_CHANNEL,
     I_COPIES,
+    I_DEPTHWISE,
     I_DX,
     I_DY,
     I_FLAGS,
@@ -52,6 +54,7 @@ from graphopt.kernels.sparse_state import (
     I_MODE,
     I_OFFSETS,
     I_OH,
+    I_OVERLAP,
     I_OW,
     I_PARTS,
     I_PH,
@@ -66,6 +69,7 @@ from graphopt.kernels.sparse_state import (
     MAX_PARTS,
     PADDED,
     PART_WORK,
+    SINGLE,
     TILE,
     TRANSPOSED,
 )
@@ -73,7 +77,7 @@ from graphopt.kernels.sparse_state import (
 FLOAT = 1  # ONNX's element type
 FAR = (1 << 31) - 1  # offsets are int32
 ENOUGH = 1 << 40  # too much for memory
-NARROW = 1 << 18  # bytes of a tile of rows that should stay in the second-level cache
+FEW = 3  # rows that are not worth transposing
 
 
 def widest(handle: int) -> int:
@@ -136,9 +140,10 @@ def set_offsets(handle: int, instance: int) -> int:
     sh, sw, ph, pw = get(plan, P_SH), get(plan, P_SW), get(instance, I_PH), get(instance, I_PW)
     padded, pitch, starts = get(instance, I_MODE) == PADDED, get(instance, I_PITCH), get(handle, H_STARTS)
     rows = get(plan, P_OUT) // get(handle, H_ROWS)
-    for n in range(rows):
+    for slot in range(rows * get(handle, H_CHUNKS)):
+        n = slot % rows
         first = n * get(plan, P_GROUPS) // rows * (get(plan, P_IN) // get(plan, P_GROUPS)) * taps  # column of its group
-        for i in range(ld32(starts + 4 * n), ld32(starts + 4 * n + 4)):
+        for i in range(ld32(starts + 4 * slot), ld32(starts + 4 * slot + 4)):
             k = ld32(get(handle, H_COLUMNS) + 4 * i) + first
             place = k * pitch
             if padded:
@@ -166,20 +171,22 @@ def bind_rows(handle: int, instance: int, inputs: int, shape: int, error: int) -
         put(shape, R_DIMS + axis, get(inputs, R_DIMS + axis))
     put(shape, R_RANK, rank)
     put(shape, R_DIMS + rank - 1, outputs)
-    tile = widest(handle) * lanes
-    while tile > 2 * lanes and 4 * tile * width > NARROW:
-        tile -= lanes
-    tiles = (rows + tile - 1) // tile
-    put(instance, I_MODE, TRANSPOSED)
     put(instance, I_IMAGES, 1 if rows > 0 else 0)
     put(instance, I_OH, rows)
+    set_parts(handle, instance, rows)
+    if rows <= FEW:
+        put(instance, I_MODE, SINGLE)
+        put(instance, I_PITCH, 1)
+        return 1
+    tile = min(widest(handle) * lanes, (rows + lanes - 1) // lanes * lanes)
+    tiles = (rows + tile - 1) // tile
+    put(instance, I_MODE, TRANSPOSED)
     put(instance, I_OW, tile)
     put(instance, I_PITCH, tile)
     put(instance, I_TILE_COUNT, tiles)
     put(instance, I_DX, 4 * lanes)
     put(instance, I_DY, 4 * lanes)
     put(instance, I_CHANNEL, 4 * tile)
-    set_parts(handle, instance, rows)
     put(instance, I_PARTS, max(1, min(get(instance, I_PARTS), tiles)))
     slots = get(instance, I_PARTS)
     size = 4 * tile * (width + outputs * get(plan, P_ACTIVATIONS))
@@ -286,6 +293,11 @@ def bind_conv(handle: int, instance: int, inputs: int, shape: int, error: int) -
     if made == 0:
         return fail(error, text("no memory for the tiles"), -1, oh * ow)
     set_parts(handle, instance, oh * ow)
+    padded, groups = get(instance, I_MODE) == PADDED, get(plan, P_GROUPS)
+    put(instance, I_DEPTHWISE, 1 if padded and groups == get(plan, P_IN) and groups == get(plan, P_OUT) else 0)
+    # tiles that share pixels must not run at once where they are summed up in the output, or where they share a copied channel
+    shared = get(instance, I_DEPTHWISE) == 1 or (get(handle, H_CHUNKS) > 1 and oh * ow % lanes != 0)
+    put(instance, I_OVERLAP, 1 if shared else 0)
     put(instance, I_COPIES, max(1, min(min(MAX_PARTS, get(plan, P_IN)), floats // (PART_WORK // 8))))
     return 1
 

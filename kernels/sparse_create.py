@@ -34,20 +34,26 @@ from graphopt.kernels.sparse_plan import (
     VERSION,
 )
 from graphopt.kernels.sparse_state import (
+    CHUNK,
     H_BIAS,
+    H_CHUNK,
+    H_CHUNKS,
     H_COLUMNS,
     H_COUNT,
     H_LANES,
     H_LIMITS,
+    H_OPEN,
     H_PLAN,
     H_ROWS,
     H_SIZE,
     H_STARTS,
     H_VALUES,
+    H_ZEROS,
 )
 
 MAX_COLUMNS = 1 << 28
 MAX_WEIGHTS = 1 << 29
+CHUNK_1, CHUNK_4 = CHUNK[1], CHUNK[4]
 
 
 def outside(plan: int, first: int, last: int, low: int, high: int) -> int:
@@ -144,13 +150,13 @@ def any_weight(source: int, step: int, rows: int) -> bool:
 
 
 def arrange(handle: int, values: int, gaps: int, blocks: int, counting: int) -> None:
-    """Count the blocks of each row of blocks, as the kernels see them (in H_STARTS, one entry late), or write them there.
+    """Count the blocks of each row of blocks in each chunk, as the kernels see them (in H_STARTS, one entry late), or write them.
 
     Stored blocks are cut into columns of H_ROWS rows, and those that are all zero are left out.
     """
     plan, starts = get(handle, H_PLAN), get(handle, H_STARTS)
     rows, columns, kernel_rows = get(plan, P_ROWS), get(plan, P_COLUMNS), get(handle, H_ROWS)
-    blocks_across = across(plan) // columns
+    blocks_across, block_rows = across(plan) // columns, get(plan, P_OUT) // kernel_rows
     place = -1
     for i in range(blocks):
         place += ldu8(gaps + i)
@@ -161,27 +167,46 @@ def arrange(handle: int, values: int, gaps: int, blocks: int, counting: int) -> 
                 source = values + 4 * ((i * rows + part * kernel_rows) * columns + c)
                 if not any_weight(source, 4 * columns, kernel_rows):
                     continue
-                index = ld32(starts + 4 * (target + 1))
-                st32(starts + 4 * (target + 1), index + 1)
+                slot = starts + 4 * ((column * columns + c) // get(handle, H_CHUNK) * block_rows + target + 1)
+                index = ld32(slot)
+                st32(slot, index + 1)
                 if counting == 0:
                     st32(get(handle, H_COLUMNS) + 4 * index, column * columns + c)
                     for r in range(kernel_rows):
                         stf(get(handle, H_VALUES) + 4 * (index * kernel_rows + r), ldf(source + 4 * columns * r))
 
 
+def set_chunks(handle: int, plan: int, kernel_rows: int) -> None:
+    """Cut the columns into chunks, as equal as can be. Not those of larger kernels, whose taps share their pixels."""
+    wide = across(plan)
+    most = CHUNK_1 if kernel_rows == 1 else CHUNK_4
+    count = 1
+    if get(plan, P_KH) * get(plan, P_KW) == 1 and get(plan, P_GROUPS) == 1:
+        count = (wide + most - 1) // most
+    size = (wide + count - 1) // count
+    put(handle, H_CHUNK, size)
+    put(handle, H_CHUNKS, (wide + size - 1) // size)
+
+
 def fill_sparse(handle: int, plan: int, scales: int, consts: int, error: int) -> int:
     """Copy and arrange everything."""
     outputs = get(plan, P_OUT)
     kernel_rows = 1 if get(plan, P_ROWS) == 1 else 4
-    block_rows = outputs // kernel_rows
-    kept, starts = own(handle, 8 * PLAN), own(handle, 4 * (block_rows + 2))
-    bias, limits = own(handle, 4 * outputs), own(handle, 8)
-    if kept == 0 or starts == 0 or bias == 0 or limits == 0:
+    set_chunks(handle, plan, kernel_rows)
+    slots = outputs // kernel_rows * get(handle, H_CHUNKS)
+    kept, starts = own(handle, 8 * PLAN), own(handle, 4 * (slots + 2))
+    bias, limits, zeros = own(handle, 4 * outputs), own(handle, 16), own(handle, 4 * outputs)
+    if kept == 0 or starts == 0 or bias == 0 or limits == 0 or zeros == 0:
         return fail(error, text("no memory for the weights"), -1, outputs)
     copy(kept, plan, 8 * PLAN)
     copy(limits, scales, 8)
-    fill(starts, 0, 4 * (block_rows + 2))
+    stf(limits + 8, -np.inf)
+    stf(limits + 12, np.inf)
+    fill(starts, 0, 4 * (slots + 2))
     fill(bias, 0, 4 * outputs)
+    fill(zeros, 0, 4 * outputs)
+    put(handle, H_ZEROS, zeros)
+    put(handle, H_OPEN, limits + 8)
     if get(plan, P_BIAS) == 1:
         copy(bias, get(consts + 16 * TENSOR_RECORD, R_DATA), 4 * outputs)
     put(handle, H_PLAN, kept)
@@ -195,9 +220,9 @@ def fill_sparse(handle: int, plan: int, scales: int, consts: int, error: int) ->
     arrange(handle, values, gaps, blocks, 1)
     # counts stand one entry late; where each row of blocks begins is their running sum, and writing moves it to where the next does
     total = 0
-    for n in range(block_rows):
-        mine = ld32(starts + 4 * (n + 1))
-        st32(starts + 4 * (n + 1), total)
+    for slot in range(slots):
+        mine = ld32(starts + 4 * (slot + 1))
+        st32(starts + 4 * (slot + 1), total)
         total += mine
     columns, weights = own(handle, 4 * total + 4), own(handle, 4 * kernel_rows * total + 4)
     if columns == 0 or weights == 0:
@@ -228,4 +253,4 @@ def create_for(
 
 
 assert CONV == 1  # check_plan: kinds are 0 and 1
-TEMPLATES = (outside, across, check_plan, check_shape, check_finite, check_weights, any_weight, arrange, fill_sparse, create_for)
+TEMPLATES = (outside, across, check_plan, check_shape, check_finite, check_weights, any_weight, arrange, set_chunks, fill_sparse, create_for)

@@ -13,7 +13,7 @@ from graphopt.kernels import engine_state, sparse_bind, sparse_create, sparse_ru
 from graphopt.kernels.exports import Export
 from graphopt.kernels.externs import link
 from graphopt.kernels.isa import RUNGS
-from graphopt.kernels.micro_sparse import WIDTHS, spmm, transpose
+from graphopt.kernels.micro_sparse import WIDTHS, dot, spmm, transpose
 from graphopt.kernels.region import Engine
 from graphopt.kernels.sparse_state import I_SIZE
 
@@ -21,7 +21,7 @@ create_for: Any = None  # given by `_rung`
 LANES = 4
 SUFFIX = "_sparse"
 NAMES = {1: "one", 4: "four"}  # of the kernels, by rows of a block
-BODIES = ("copy_body", "tile_body", "rows_body")
+BODIES = ("copy_body", "tile_body", "rows_body", "single_body")
 
 
 def create(plan: int, plan_len: int, scales: int, n_scales: int, consts: int, n_consts: int, error: int) -> int:
@@ -50,6 +50,7 @@ def _rung(name: str) -> tuple[list[Export], dict[str, Any]]:
     isa = RUNGS[name]
     scope: dict[str, Any] = {**common()[1], "LANES": isa.lanes, "square": transpose(isa)}
     for rows, widths in WIDTHS.items():
+        scope[f"dot_{NAMES[rows]}"] = dot(isa, rows)
         for width in widths:
             scope[f"{NAMES[rows]}{width}"] = spmm(isa, rows, width, False)
             scope[f"{NAMES[rows]}{width}_sum"] = spmm(isa, rows, width, True)

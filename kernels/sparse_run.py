@@ -9,17 +9,21 @@ from graphopt.kernels.engine_state import I_HANDLE, R_DATA, TENSOR_RECORD, get, 
 from graphopt.kernels.memory import copy as copy_bytes
 from graphopt.kernels.memory import fill, ldf, stf
 from graphopt.kernels.micro_sparse import S_BIAS, S_CHANNEL, S_DX, S_DY, S_LIMITS, S_OFFSETS, S_STARTS, S_VALUES
-from graphopt.kernels.sparse_plan import P_ACTIVATIONS, P_DH, P_DW, P_IN, P_KH, P_KW, P_OUT, P_PL, P_PT, P_SH, P_SW
+from graphopt.kernels.sparse_plan import P_ACTIVATIONS, P_DH, P_DW, P_GROUPS, P_IN, P_KH, P_KW, P_OUT, P_PL, P_PT, P_SH, P_SW
 from graphopt.kernels.sparse_state import (
     DIRECT,
     H_BIAS,
+    H_CHUNKS,
     H_LIMITS,
+    H_OPEN,
     H_PLAN,
     H_ROWS,
     H_STARTS,
     H_VALUES,
+    H_ZEROS,
     I_CHANNEL,
     I_COPIES,
+    I_DEPTHWISE,
     I_DX,
     I_DY,
     I_FLAGS,
@@ -28,6 +32,7 @@ from graphopt.kernels.sparse_state import (
     I_MODE,
     I_OFFSETS,
     I_OH,
+    I_OVERLAP,
     I_OW,
     I_PARTS,
     I_PH,
@@ -40,19 +45,20 @@ from graphopt.kernels.sparse_state import (
     I_TILES,
     I_W,
     PADDED,
+    SINGLE,
     TILE,
     TRANSPOSED,
     U_INPUT,
     U_INSTANCE,
     U_OUTPUT,
     U_PARTS,
-    U_RECORD,
     U_RESIDUAL,
+    U_SOURCE,
 )
 
 # given by the rung
 LANES = 1
-COPY_BODY, TILE_BODY, ROWS_BODY = "", "", ""
+COPY_BODY, TILE_BODY, ROWS_BODY, SINGLE_BODY = "", "", "", ""
 one8: Any = None
 one4: Any = None
 one2: Any = None
@@ -67,6 +73,8 @@ four1: Any = None
 four3_sum: Any = None
 four2_sum: Any = None
 four1_sum: Any = None
+dot_one: Any = None
+dot_four: Any = None
 square: Any = None
 
 
@@ -126,11 +134,12 @@ def span_four(s: int, x: int, y: int, r: int, vectors: int, n0: int, n1: int) ->
             v += 1
 
 
-def span(rows: int, s: int, x: int, y: int, r: int, vectors: int, n0: int, n1: int) -> None:
+def single(rows: int, s: int, x: int, y: int, r: int, n0: int, n1: int) -> None:
+    """One row of features."""
     if rows == 1:
-        span_one(s, x, y, r, vectors, n0, n1)
+        dot_one(s, x, y, r, n0, n1)
     else:
-        span_four(s, x, y, r, vectors, n0, n1)
+        dot_four(s, x, y, r, n0, n1)
 
 
 def block_rows(handle: int) -> int:
@@ -139,17 +148,30 @@ def block_rows(handle: int) -> int:
     return outputs if get(handle, H_ROWS) == 1 else outputs // 4
 
 
+def multiply(handle: int, s: int, x: int, y: int, r: int, vectors: int, n0: int, n1: int) -> None:
+    """All chunks of a tile, one after the other: each adds to what those before left in the output."""
+    chunks = get(handle, H_CHUNKS)
+    for c in range(chunks):
+        put(s, S_STARTS, get(handle, H_STARTS) + 4 * c * block_rows(handle))
+        put(s, S_BIAS, get(handle, H_BIAS) if c == 0 else get(handle, H_ZEROS))
+        put(s, S_LIMITS, get(handle, H_LIMITS) if c == chunks - 1 else get(handle, H_OPEN))
+        before = r if c == 0 else y
+        if vectors == 0:
+            single(get(handle, H_ROWS), s, x, y, before if before != 0 else get(handle, H_ZEROS), n0, n1)
+        elif get(handle, H_ROWS) == 1:
+            span_one(s, x, y, before, vectors, n0, n1)
+        else:
+            span_four(s, x, y, before, vectors, n0, n1)
+
+
 def set_record(instance: int, s: int) -> None:
-    """What the kernels read."""
+    """What the kernels read, but for what `multiply` sets."""
     handle = get(instance, I_HANDLE)
     put(s, S_DX, get(instance, I_DX))
     put(s, S_DY, get(instance, I_DY))
     put(s, S_CHANNEL, get(instance, I_CHANNEL))
-    put(s, S_STARTS, get(handle, H_STARTS))
     put(s, S_OFFSETS, get(instance, I_OFFSETS))
     put(s, S_VALUES, get(handle, H_VALUES))
-    put(s, S_BIAS, get(handle, H_BIAS))
-    put(s, S_LIMITS, get(handle, H_LIMITS))
 
 
 def copy_line(target: int, source: int, first: int, step: int, width: int, count: int) -> None:
@@ -219,16 +241,28 @@ def tile_body(usr: int, part: int) -> None:
     tiles, rows = get(instance, I_TILE_COUNT), block_rows(handle)
     t0, t1, n0, n1 = 0, tiles, 0, rows
     parts = get(usr, U_PARTS)
-    if tiles >= parts:
+    if get(instance, I_OVERLAP) == 0 and tiles >= parts:
         t0, t1 = tiles * part // parts, tiles * (part + 1) // parts
     else:
         n0, n1 = rows * part // parts, rows * (part + 1) // parts
-    residual = get(usr, U_RESIDUAL)
+    record = stack64(8)
+    set_record(instance, record)
+    if get(instance, I_DEPTHWISE) == 0:
+        tile_range(instance, usr, record, t0, t1, n0, n1)
+        return
+    for n in range(n0, n1):  # a channel at a time: it stays in the cache
+        pad_channel(instance, get(handle, H_PLAN), get(usr, U_SOURCE), n * get(get(handle, H_PLAN), P_GROUPS) // rows)
+        tile_range(instance, usr, record, t0, t1, n, n + 1)
+
+
+def tile_range(instance: int, usr: int, record: int, t0: int, t1: int, n0: int, n1: int) -> None:
+    """Tiles [t0, t1) of block rows [n0, n1)."""
+    handle, residual = get(instance, I_HANDLE), get(usr, U_RESIDUAL)
     for t in range(t0, t1):
         tile = get(instance, I_TILES) + 8 * TILE * t
         r = residual + get(tile, 1) if residual != 0 else 0
         x, y = get(usr, U_INPUT) + get(tile, 0), get(usr, U_OUTPUT) + get(tile, 1)
-        span(get(handle, H_ROWS), get(usr, U_RECORD), x, y, r, get(tile, 2), n0, n1)
+        multiply(handle, record, x, y, r, get(tile, 2), n0, n1)
 
 
 def turn(target: int, target_pitch: int, source: int, source_pitch: int, rows: int, columns: int) -> None:
@@ -242,6 +276,18 @@ def turn(target: int, target_pitch: int, source: int, source_pitch: int, rows: i
                 for i in range(min(LANES, rows - r)):
                     for j in range(min(LANES, columns - c)):
                         stf(to + j * target_pitch + 4 * i, ldf(at + i * source_pitch + 4 * j))
+
+
+def single_body(usr: int, part: int) -> None:
+    """A part of the outputs of a few rows."""
+    instance = get(usr, U_INSTANCE)
+    handle, record = get(instance, I_HANDLE), stack64(8)
+    set_record(instance, record)
+    plan, rows, parts, residual = get(handle, H_PLAN), block_rows(handle), get(usr, U_PARTS), get(usr, U_RESIDUAL)
+    n0, n1 = rows * part // parts, rows * (part + 1) // parts
+    for m in range(get(instance, I_OH)):
+        x, place = get(usr, U_INPUT) + 4 * m * get(plan, P_IN), 4 * m * get(plan, P_OUT)
+        multiply(handle, record, x, get(usr, U_OUTPUT) + place, residual + place if residual != 0 else 0, 0, n0, n1)
 
 
 def take_slot(flags: int, slots: int) -> int:
@@ -262,14 +308,15 @@ def rows_body(usr: int, part: int) -> None:
     x = get(instance, I_SCRATCH) + slot * get(instance, I_SLOT)
     y = x + 4 * tile * width
     r = y + 4 * tile * outputs if get(plan, P_ACTIVATIONS) == 2 else 0
-    tiles = get(instance, I_TILE_COUNT)
+    tiles, record = get(instance, I_TILE_COUNT), stack64(8)
+    set_record(instance, record)
     for t in range(tiles * part // parts, tiles * (part + 1) // parts):
         count = min(tile, get(instance, I_OH) - t * tile)
         place = 4 * t * tile * outputs
         turn(x, 4 * tile, get(usr, U_INPUT) + 4 * t * tile * width, 4 * width, count, width)
         if r != 0:
             turn(r, 4 * tile, get(usr, U_RESIDUAL) + place, 4 * outputs, count, outputs)
-        span(get(handle, H_ROWS), get(usr, U_RECORD), x, y, r, (count + LANES - 1) // LANES, 0, block_rows(handle))
+        multiply(handle, record, x, y, r, (count + LANES - 1) // LANES, 0, block_rows(handle))
         turn(get(usr, U_OUTPUT) + place, 4 * outputs, y, 4 * tile, outputs, count)
     atomic_store(get(instance, I_FLAGS) + 8 * slot, 0)
 
@@ -284,9 +331,11 @@ def run_image(instance: int, usr: int, par: int) -> None:
     """One image."""
     handle = get(instance, I_HANDLE)
     plan, small = get(handle, H_PLAN), get(instance, I_SMALL)
-    if get(instance, I_MODE) != DIRECT:
+    put(usr, U_SOURCE, get(usr, U_INPUT))
+    if get(instance, I_MODE) != DIRECT and get(instance, I_DEPTHWISE) == 0:
         put(usr, U_PARTS, get(instance, I_COPIES))
         parallel_for(par if get(instance, I_COPIES) > 1 else 0, symaddr(COPY_BODY), get(instance, I_COPIES), usr)
+    if get(instance, I_MODE) != DIRECT:
         put(usr, U_INPUT, get(instance, I_SCRATCH))
     output, size, outputs = get(usr, U_OUTPUT), 4 * get(instance, I_OH) * get(instance, I_OW), get(plan, P_OUT)
     if small != 0:  # an image smaller than a vector
@@ -305,28 +354,29 @@ def run_image(instance: int, usr: int, par: int) -> None:
 def run(instance: int, inputs: int, outputs: int, par: int) -> int:
     """The whole batch; `inputs`: tensor records, `outputs`: addresses. Always 0."""
     plan = get(get(instance, I_HANDLE), H_PLAN)
-    record, usr = stack64(8), stack64(16)
-    set_record(instance, record)
+    usr = stack64(16)
     residual = get(inputs + 8 * TENSOR_RECORD, R_DATA) if get(plan, P_ACTIVATIONS) == 2 else 0
     put(usr, U_INSTANCE, instance)
-    put(usr, U_RECORD, record)
-    images, transposed = get(instance, I_IMAGES), get(instance, I_MODE) == TRANSPOSED
+    images, mode = get(instance, I_IMAGES), get(instance, I_MODE)
     size = 4 * get(plan, P_IN) * get(instance, I_H) * get(instance, I_W)
     out = 4 * get(plan, P_OUT) * get(instance, I_OH) * get(instance, I_OW)
     for image in range(images):
         put(usr, U_INPUT, get(inputs, R_DATA) + image * size)
         put(usr, U_OUTPUT, get(outputs, 0) + image * out)
         put(usr, U_RESIDUAL, residual + image * out if residual != 0 else 0)
-        if transposed:
-            parts = get(instance, I_PARTS)
-            put(usr, U_PARTS, parts)
+        parts = get(instance, I_PARTS)
+        put(usr, U_PARTS, parts)
+        if mode == TRANSPOSED:
             parallel_for(par if parts > 1 else 0, symaddr(ROWS_BODY), parts, usr)
+        elif mode == SINGLE:
+            parallel_for(par if parts > 1 else 0, symaddr(SINGLE_BODY), parts, usr)
         else:
             run_image(instance, usr, par)
     return 0
 
 
 PARTS = (
-    span_one, span_four, span, block_rows, copy_line, pad_channel, unfold_channel, copy_body, tile_body, turn, take_slot, rows_body,
+    span_one, span_four, single, block_rows, multiply, set_record, copy_line, pad_channel, unfold_channel, copy_body, tile_range,
+    tile_body, turn, single_body, take_slot, rows_body,
 )  # fmt: skip
-TEMPLATES = (set_record, copy_channels, run_image, run)  # which reach those by symbols that must be known before
+TEMPLATES = (copy_channels, run_image, run)  # which reach those by symbols that must be known before
