@@ -156,3 +156,40 @@ def transpose(isa: Isa) -> Any:
             store(b, row, b.add(target, b.mul(target_pitch, const(i))))
 
     return procedure(f"graphopt_transpose_{isa.name}", 4, emit)
+
+
+def line(isa: Isa, step: int) -> Any:
+    """void(target, source, count): target[i] = source[i * step] of floats, step 1 or 2; nothing beyond the last is read or written."""
+    lanes, kind = isa.lanes, vector(F32, isa.lanes)
+
+    def part(b: Builder, target: Value, source: Value, i: Value) -> None:
+        at = scaled(b, source, i, 4 * step)
+        value = load(b, at, kind)
+        if step == 2:  # the second vector ends with the last element wanted
+            behind = load(b, at, kind, 4 * (lanes - 1))
+            value = shuffle(b, value, behind, [*range(0, lanes, 2), *range(lanes + 1, 2 * lanes, 2)])
+        store(b, value, scaled(b, target, i, 4))
+
+    def emit(b: Builder, target: Value, source: Value, count: Value) -> None:
+        whole = b.and_(count, const(-lanes))
+
+        def vectors(i: Value, _: list[Value]) -> list[Value]:
+            part(b, target, source, i)
+            return []
+
+        def single(i: Value, _: list[Value]) -> list[Value]:
+            store(b, load(b, scaled(b, source, i, 4 * step), F32), scaled(b, target, i, 4))
+            return []
+
+        loop(b, const(0), whole, lanes, [], vectors)
+        wide, narrow, done = (b.append_basic_block(name) for name in ("wide", "narrow", "done"))
+        b.cbranch(b.icmp_signed(">=", count, const(lanes)), wide, narrow)
+        b.position_at_end(wide)
+        part(b, target, source, b.sub(count, const(lanes)))
+        b.branch(done)
+        b.position_at_end(narrow)
+        loop(b, const(0), count, 1, [], single)
+        b.branch(done)
+        b.position_at_end(done)
+
+    return procedure(f"graphopt_line_{isa.name}_{step}", 3, emit)

@@ -34,8 +34,8 @@ from graphopt.kernels.sparse_plan import (
     ROWS,
 )
 from graphopt.kernels.sparse_state import (
-    COLUMNS,
     DIRECT,
+    FLAT,
     H_CHUNKS,
     H_COLUMNS,
     H_COUNT,
@@ -51,6 +51,7 @@ from graphopt.kernels.sparse_state import (
     I_FLAGS,
     I_H,
     I_IMAGES,
+    I_LINES,
     I_MODE,
     I_OFFSETS,
     I_OH,
@@ -62,7 +63,6 @@ from graphopt.kernels.sparse_state import (
     I_PW,
     I_SCRATCH,
     I_SLOT,
-    I_SMALL,
     I_TILE_COUNT,
     I_TILES,
     I_W,
@@ -138,15 +138,17 @@ def set_offsets(handle: int, instance: int) -> int:
     put(instance, I_OFFSETS, offsets)
     kw, taps = get(plan, P_KW), get(plan, P_KH) * get(plan, P_KW)
     sh, sw, ph, pw = get(plan, P_SH), get(plan, P_SW), get(instance, I_PH), get(instance, I_PW)
-    padded, pitch, starts = get(instance, I_MODE) == PADDED, get(instance, I_PITCH), get(handle, H_STARTS)
+    copied, pitch, starts = get(instance, I_MODE) == PADDED or get(instance, I_MODE) == FLAT, get(instance, I_PITCH), get(handle, H_STARTS)
     rows = get(plan, P_OUT) // get(handle, H_ROWS)
     for slot in range(rows * get(handle, H_CHUNKS)):
         n = slot % rows
         first = n * get(plan, P_GROUPS) // rows * (get(plan, P_IN) // get(plan, P_GROUPS)) * taps  # column of its group
+        if get(instance, I_DEPTHWISE) == 1:
+            first = 0
         for i in range(ld32(starts + 4 * slot), ld32(starts + 4 * slot + 4)):
             k = ld32(get(handle, H_COLUMNS) + 4 * i) + first
             place = k * pitch
-            if padded:
+            if copied:
                 y, x = k % taps // kw * get(plan, P_DH), k % taps % kw * get(plan, P_DW)
                 place = (((k // taps * sh + y % sh) * sw + x % sw) * ph + y // sh) * pw + x // sw
             st32(offsets + 4 * i, 4 * place)
@@ -225,18 +227,22 @@ def set_mode(handle: int, instance: int) -> int:
     if kernel * strides == 1 and pads == 0 and oh * ow >= lanes:
         put(instance, I_MODE, DIRECT)
         return capped(get(plan, P_IN), oh * ow)
-    if ow >= lanes:
-        put(instance, I_MODE, PADDED)
-        put(instance, I_PH, oh + (get(plan, P_KH) - 1) * get(plan, P_DH) // get(plan, P_SH))
-        put(instance, I_PW, ow + (get(plan, P_KW) - 1) * get(plan, P_DW) // get(plan, P_SW))
-        return capped(get(plan, P_IN) * strides, capped(get(instance, I_PH), get(instance, I_PW)))
-    put(instance, I_MODE, COLUMNS)
-    put(instance, I_PITCH, max(oh * ow, lanes))
-    return capped(get(plan, P_IN) * kernel, get(instance, I_PITCH))
+    put(instance, I_MODE, PADDED if ow >= lanes else FLAT)
+    put(instance, I_PH, oh + (get(plan, P_KH) - 1) * get(plan, P_DH) // get(plan, P_SH))
+    put(instance, I_PW, ow + (get(plan, P_KW) - 1) * get(plan, P_DW) // get(plan, P_SW))
+    groups = get(plan, P_GROUPS)
+    put(instance, I_DEPTHWISE, 1 if groups == get(plan, P_IN) and groups == get(plan, P_OUT) else 0)
+    channel, extra = capped(strides, capped(get(instance, I_PH), get(instance, I_PW))), get(instance, I_PW) + lanes
+    # beyond the last plane: what vectors read of pixels that are no output
+    put(instance, I_SLOT, 4 * channel)
+    if get(instance, I_DEPTHWISE) == 1:  # planes for each part of the work, not for each channel
+        put(instance, I_SLOT, 4 * (channel + extra))
+        return capped(MAX_PARTS, channel + extra)
+    return capped(get(plan, P_IN), channel) + extra
 
 
 def conv_memory(handle: int, instance: int, floats: int, error: int) -> int:
-    """The copy of the input, and the outputs of an image smaller than a vector."""
+    """The copy of the input, and in FLAT mode the output channels with the pixels between their lines."""
     plan, lanes = get(handle, H_PLAN), get(handle, H_LANES)
     pixels = get(instance, I_OH) * get(instance, I_OW)
     if 4 * floats > FAR:
@@ -248,14 +254,15 @@ def conv_memory(handle: int, instance: int, floats: int, error: int) -> int:
         fill(scratch, 0, 4 * floats)
         put(instance, I_SCRATCH, scratch)
     put(instance, I_CHANNEL, 4 * pixels)
-    if pixels < lanes:
-        size = 4 * lanes * get(plan, P_OUT) * get(plan, P_ACTIVATIONS)
-        small = own(instance, size)
-        if small == 0:
-            return fail(error, text("no memory for the output"), -1, pixels)
-        fill(small, 0, size)
-        put(instance, I_SMALL, small)
-        put(instance, I_CHANNEL, 4 * lanes)
+    if get(instance, I_MODE) == FLAT:
+        wide = (get(instance, I_OH) * get(instance, I_PW) + lanes - 1) // lanes * lanes
+        size = capped(4 * wide, get(plan, P_OUT) * get(plan, P_ACTIVATIONS))
+        lines = own(instance, size) if size < ENOUGH else 0
+        if lines == 0:
+            return fail(error, text("no memory for the output; pixels"), -1, pixels)
+        fill(lines, 0, size)
+        put(instance, I_LINES, lines)
+        put(instance, I_CHANNEL, 4 * wide)
     return 1
 
 
@@ -285,7 +292,7 @@ def bind_conv(handle: int, instance: int, inputs: int, shape: int, error: int) -
         return 0
     most = widest(handle)
     if get(instance, I_MODE) != PADDED:
-        made = tile_lines(instance, 1, max(oh * ow, lanes), 0, lanes, most)
+        made = tile_lines(instance, 1, oh * ow if get(instance, I_MODE) == DIRECT else get(instance, I_CHANNEL) // 4, 0, lanes, most)
     elif oh > 1 and ow < most * lanes:
         made = tile_down(instance, oh, ow, get(instance, I_PW), lanes, most)
     else:
@@ -293,10 +300,8 @@ def bind_conv(handle: int, instance: int, inputs: int, shape: int, error: int) -
     if made == 0:
         return fail(error, text("no memory for the tiles"), -1, oh * ow)
     set_parts(handle, instance, oh * ow)
-    padded, groups = get(instance, I_MODE) == PADDED, get(plan, P_GROUPS)
-    put(instance, I_DEPTHWISE, 1 if padded and groups == get(plan, P_IN) and groups == get(plan, P_OUT) else 0)
     # tiles that share pixels must not run at once where they are summed up in the output, or where they share a copied channel
-    shared = get(instance, I_DEPTHWISE) == 1 or (get(handle, H_CHUNKS) > 1 and oh * ow % lanes != 0)
+    shared = get(instance, I_DEPTHWISE) == 1 or get(instance, I_MODE) == FLAT or (get(handle, H_CHUNKS) > 1 and oh * ow % lanes != 0)
     put(instance, I_OVERLAP, 1 if shared else 0)
     put(instance, I_COPIES, max(1, min(min(MAX_PARTS, get(plan, P_IN)), floats // (PART_WORK // 8))))
     return 1

@@ -13,7 +13,7 @@ from graphopt.kernels import engine_state, sparse_bind, sparse_create, sparse_ru
 from graphopt.kernels.exports import Export
 from graphopt.kernels.externs import link
 from graphopt.kernels.isa import RUNGS
-from graphopt.kernels.micro_sparse import WIDTHS, dot, spmm, transpose
+from graphopt.kernels.micro_sparse import WIDTHS, dot, line, spmm, transpose
 from graphopt.kernels.region import Engine
 from graphopt.kernels.sparse_state import I_SIZE
 
@@ -49,6 +49,7 @@ def common() -> tuple[list[Export], dict[str, Any]]:
 def _rung(name: str) -> tuple[list[Export], dict[str, Any]]:
     isa = RUNGS[name]
     scope: dict[str, Any] = {**common()[1], "LANES": isa.lanes, "square": transpose(isa)}
+    scope |= {f"line{step}": line(isa, step) for step in (1, 2)}
     for rows, widths in WIDTHS.items():
         scope[f"dot_{NAMES[rows]}"] = dot(isa, rows)
         for width in widths:

@@ -6,10 +6,9 @@ from typing import Any
 
 from graphopt.kernels.abi import atomic_cas, atomic_store, parallel_for, stack64, symaddr
 from graphopt.kernels.engine_state import I_HANDLE, R_DATA, TENSOR_RECORD, get, put
-from graphopt.kernels.memory import copy as copy_bytes
-from graphopt.kernels.memory import fill, ldf, stf
+from graphopt.kernels.memory import ldf, stf
 from graphopt.kernels.micro_sparse import S_BIAS, S_CHANNEL, S_DX, S_DY, S_LIMITS, S_OFFSETS, S_STARTS, S_VALUES
-from graphopt.kernels.sparse_plan import P_ACTIVATIONS, P_DH, P_DW, P_GROUPS, P_IN, P_KH, P_KW, P_OUT, P_PL, P_PT, P_SH, P_SW
+from graphopt.kernels.sparse_plan import P_ACTIVATIONS, P_DH, P_DW, P_IN, P_KH, P_KW, P_OUT, P_PL, P_PT, P_SH, P_SW
 from graphopt.kernels.sparse_state import (
     DIRECT,
     H_BIAS,
@@ -29,6 +28,7 @@ from graphopt.kernels.sparse_state import (
     I_FLAGS,
     I_H,
     I_IMAGES,
+    I_LINES,
     I_MODE,
     I_OFFSETS,
     I_OH,
@@ -40,11 +40,9 @@ from graphopt.kernels.sparse_state import (
     I_PW,
     I_SCRATCH,
     I_SLOT,
-    I_SMALL,
     I_TILE_COUNT,
     I_TILES,
     I_W,
-    PADDED,
     SINGLE,
     TILE,
     TRANSPOSED,
@@ -76,6 +74,8 @@ four1_sum: Any = None
 dot_one: Any = None
 dot_four: Any = None
 square: Any = None
+line1: Any = None
+line2: Any = None
 
 
 def span_one(s: int, x: int, y: int, r: int, vectors: int, n0: int, n1: int) -> None:
@@ -175,51 +175,33 @@ def set_record(instance: int, s: int) -> None:
 
 
 def copy_line(target: int, source: int, first: int, step: int, width: int, count: int) -> None:
-    """target[i] = source[first + i * step] for i < count, zero where that is outside [0, width)."""
-    i = 0
-    while i < count and first + i * step < 0:
-        stf(target + 4 * i, 0.0)
-        i += 1
+    """target[i] = source[first + i * step] for those i < count for which that is inside [0, width)."""
+    i = (step - 1 - first) // step if first < 0 else 0
+    inside = min(count, (width - first + step - 1) // step) - i
+    if inside <= 0:
+        return
+    to, at = target + 4 * i, source + 4 * (first + i * step)
     if step == 1:
-        inside = max(0, min(count - i, width - first - i))
-        if inside > 0:
-            copy_bytes(target + 4 * i, source + 4 * (first + i), 4 * inside)
-            i += inside
-    while i < count and first + i * step < width:
-        stf(target + 4 * i, ldf(source + 4 * (first + i * step)))
-        i += 1
-    if i < count:
-        fill(target + 4 * i, 0, 4 * (count - i))
+        line1(to, at, inside)
+    elif step == 2:
+        line2(to, at, inside)
+    else:
+        for j in range(inside):
+            stf(to + 4 * j, ldf(at + 4 * j * step))
 
 
-def pad_channel(instance: int, plan: int, source: int, c: int) -> None:
-    """One channel into the planes of its phases; lines above and below the image stay zero."""
+def pad_channel(instance: int, plan: int, source: int, c: int, planes: int) -> None:
+    """One channel into its planes, one for each phase; what is around the image was zero from the start."""
     h, w, ph, pw = get(instance, I_H), get(instance, I_W), get(instance, I_PH), get(instance, I_PW)
     sh, sw, top, left = get(plan, P_SH), get(plan, P_SW), get(plan, P_PT), get(plan, P_PL)
     used_h, used_w = min(sh, (get(plan, P_KH) - 1) * get(plan, P_DH) + 1), min(sw, (get(plan, P_KW) - 1) * get(plan, P_DW) + 1)
     for y in range(used_h):
         for x in range(used_w):
-            plane = get(instance, I_SCRATCH) + 4 * (((c * sh + y) * sw + x) * ph * pw)
+            plane = planes + 4 * ((y * sw + x) * ph * pw)
             for line in range(ph):
                 at = line * sh + y - top
                 if at >= 0 and at < h:
                     copy_line(plane + 4 * line * pw, source + 4 * (c * h + at) * w, x - left, sw, w, pw)
-
-
-def unfold_channel(instance: int, plan: int, source: int, c: int) -> None:
-    """One channel, all output pixels for each tap."""
-    h, w, oh, ow, pitch = get(instance, I_H), get(instance, I_W), get(instance, I_OH), get(instance, I_OW), get(instance, I_PITCH)
-    kh, kw, sh, sw = get(plan, P_KH), get(plan, P_KW), get(plan, P_SH), get(plan, P_SW)
-    for ky in range(kh):
-        for kx in range(kw):
-            plane = get(instance, I_SCRATCH) + 4 * pitch * ((c * kh + ky) * kw + kx)
-            for line in range(oh):
-                at = line * sh + ky * get(plan, P_DH) - get(plan, P_PT)
-                if at >= 0 and at < h:
-                    first = kx * get(plan, P_DW) - get(plan, P_PL)
-                    copy_line(plane + 4 * line * ow, source + 4 * (c * h + at) * w, first, sw, w, ow)
-                else:
-                    fill(plane + 4 * line * ow, 0, 4 * ow)
 
 
 def copy_body(usr: int, part: int) -> None:
@@ -228,10 +210,7 @@ def copy_body(usr: int, part: int) -> None:
     plan = get(get(instance, I_HANDLE), H_PLAN)
     channels, parts = get(plan, P_IN), get(instance, I_COPIES)
     for c in range(channels * part // parts, channels * (part + 1) // parts):
-        if get(instance, I_MODE) == PADDED:
-            pad_channel(instance, plan, get(usr, U_INPUT), c)
-        else:
-            unfold_channel(instance, plan, get(usr, U_INPUT), c)
+        pad_channel(instance, plan, get(usr, U_SOURCE), c, get(instance, I_SCRATCH) + c * get(instance, I_SLOT))
 
 
 def tile_body(usr: int, part: int) -> None:
@@ -248,21 +227,51 @@ def tile_body(usr: int, part: int) -> None:
     record = stack64(8)
     set_record(instance, record)
     if get(instance, I_DEPTHWISE) == 0:
-        tile_range(instance, usr, record, t0, t1, n0, n1)
+        part_range(instance, usr, record, get(usr, U_INPUT), t0, t1, n0, n1)
         return
+    planes = get(usr, U_INPUT) + part * get(instance, I_SLOT)
     for n in range(n0, n1):  # a channel at a time: it stays in the cache
-        pad_channel(instance, get(handle, H_PLAN), get(usr, U_SOURCE), n * get(get(handle, H_PLAN), P_GROUPS) // rows)
-        tile_range(instance, usr, record, t0, t1, n, n + 1)
+        pad_channel(instance, get(handle, H_PLAN), get(usr, U_SOURCE), n, planes)
+        part_range(instance, usr, record, planes, t0, t1, n, n + 1)
 
 
-def tile_range(instance: int, usr: int, record: int, t0: int, t1: int, n0: int, n1: int) -> None:
-    """Tiles [t0, t1) of block rows [n0, n1)."""
-    handle, residual = get(instance, I_HANDLE), get(usr, U_RESIDUAL)
+def part_range(instance: int, usr: int, record: int, x: int, t0: int, t1: int, n0: int, n1: int) -> None:
+    """Tiles [t0, t1) of block rows [n0, n1); in FLAT mode lines are spread out before and gathered after."""
+    handle, lines, output = get(instance, I_HANDLE), get(instance, I_LINES), get(usr, U_OUTPUT)
+    residual, outputs, rows = get(usr, U_RESIDUAL), get(get(handle, H_PLAN), P_OUT), get(handle, H_ROWS)
+    if lines == 0:
+        tile_range(instance, record, x, output, residual, t0, t1, n0, n1)
+        return
+    spread = lines + get(instance, I_CHANNEL) * outputs if residual != 0 else 0
+    if residual != 0:
+        for c in range(n0 * rows, n1 * rows):
+            copy_lines(instance, spread, residual, c, 1)
+    tile_range(instance, record, x, lines, spread, t0, t1, n0, n1)
+    for c in range(n0 * rows, n1 * rows):
+        copy_lines(instance, lines, output, c, 0)
+
+
+def copy_lines(instance: int, flat: int, dense: int, c: int, out: int) -> None:
+    """The lines of a channel between the FLAT form and the dense one; out: 1 to the FLAT form."""
+    oh, ow, pitch = get(instance, I_OH), get(instance, I_OW), get(instance, I_PW)
+    one, two = flat + c * get(instance, I_CHANNEL), dense + 4 * c * oh * ow
+    for line in range(oh):
+        at, to = one + 4 * line * pitch, two + 4 * line * ow
+        if out == 1:
+            line1(at, to, ow)
+        else:
+            line1(to, at, ow)
+
+
+def tile_range(
+    instance: int, record: int, x: int, y: int, r: int, t0: int, t1: int, n0: int, n1: int
+) -> None:  # fmt: skip
+    """Tiles [t0, t1) of block rows [n0, n1); r: the residual, or 0."""
+    handle = get(instance, I_HANDLE)
     for t in range(t0, t1):
         tile = get(instance, I_TILES) + 8 * TILE * t
-        r = residual + get(tile, 1) if residual != 0 else 0
-        x, y = get(usr, U_INPUT) + get(tile, 0), get(usr, U_OUTPUT) + get(tile, 1)
-        multiply(handle, record, x, y, r, get(tile, 2), n0, n1)
+        before = r + get(tile, 1) if r != 0 else 0
+        multiply(handle, record, x + get(tile, 0), y + get(tile, 1), before, get(tile, 2), n0, n1)
 
 
 def turn(target: int, target_pitch: int, source: int, source_pitch: int, rows: int, columns: int) -> None:
@@ -321,34 +330,17 @@ def rows_body(usr: int, part: int) -> None:
     atomic_store(get(instance, I_FLAGS) + 8 * slot, 0)
 
 
-def copy_channels(target: int, target_pitch: int, source: int, source_pitch: int, size: int, channels: int) -> None:
-    """`size` bytes of each channel."""
-    for c in range(channels):
-        copy_bytes(target + c * target_pitch, source + c * source_pitch, size)
-
-
 def run_image(instance: int, usr: int, par: int) -> None:
     """One image."""
-    handle = get(instance, I_HANDLE)
-    plan, small = get(handle, H_PLAN), get(instance, I_SMALL)
+    copies = get(instance, I_COPIES)
     put(usr, U_SOURCE, get(usr, U_INPUT))
-    if get(instance, I_MODE) != DIRECT and get(instance, I_DEPTHWISE) == 0:
-        put(usr, U_PARTS, get(instance, I_COPIES))
-        parallel_for(par if get(instance, I_COPIES) > 1 else 0, symaddr(COPY_BODY), get(instance, I_COPIES), usr)
     if get(instance, I_MODE) != DIRECT:
+        if get(instance, I_DEPTHWISE) == 0:
+            parallel_for(par if copies > 1 else 0, symaddr(COPY_BODY), copies, usr)
         put(usr, U_INPUT, get(instance, I_SCRATCH))
-    output, size, outputs = get(usr, U_OUTPUT), 4 * get(instance, I_OH) * get(instance, I_OW), get(plan, P_OUT)
-    if small != 0:  # an image smaller than a vector
-        put(usr, U_OUTPUT, small)
-        if get(usr, U_RESIDUAL) != 0:
-            residual = small + outputs * get(instance, I_CHANNEL)
-            copy_channels(residual, get(instance, I_CHANNEL), get(usr, U_RESIDUAL), size, size, outputs)
-            put(usr, U_RESIDUAL, residual)
-    parts = min(get(instance, I_PARTS), max(get(instance, I_TILE_COUNT), block_rows(handle)))
+    parts = min(get(usr, U_PARTS), max(get(instance, I_TILE_COUNT), block_rows(get(instance, I_HANDLE))))
     put(usr, U_PARTS, parts)
     parallel_for(par if parts > 1 else 0, symaddr(TILE_BODY), parts, usr)
-    if small != 0:
-        copy_channels(output, size, small, get(instance, I_CHANNEL), size, outputs)
 
 
 def run(instance: int, inputs: int, outputs: int, par: int) -> int:
@@ -376,7 +368,7 @@ def run(instance: int, inputs: int, outputs: int, par: int) -> int:
 
 
 PARTS = (
-    span_one, span_four, single, block_rows, multiply, set_record, copy_line, pad_channel, unfold_channel, copy_body, tile_range,
-    tile_body, turn, single_body, take_slot, rows_body,
+    span_one, span_four, single, block_rows, multiply, set_record, copy_line, pad_channel, copy_body, tile_range,
+    copy_lines, part_range, tile_body, turn, single_body, take_slot, rows_body,
 )  # fmt: skip
-TEMPLATES = (copy_channels, run_image, run)  # which reach those by symbols that must be known before
+TEMPLATES = (run_image, run)  # which reach those by symbols that must be known before

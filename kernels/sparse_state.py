@@ -20,13 +20,13 @@ H_SIZE = 20
 
 # an instance: a handle bound to input shapes. Slots 0, 1, 2, 6, 7 are engine_state's
 (I_MODE, I_IMAGES, I_TILES, I_TILE_COUNT, I_OFFSETS, I_DX, I_DY, I_SCRATCH, I_PITCH, I_H, I_W, I_OH, I_OW, I_PH, I_PW, I_PARTS,
- I_FLAGS, I_SLOT, I_SMALL, I_COPIES, I_CHANNEL, I_DEPTHWISE, I_OVERLAP) = range(16, 39)  # fmt: skip
+ I_FLAGS, I_SLOT, I_LINES, I_COPIES, I_CHANNEL, I_DEPTHWISE, I_OVERLAP) = range(16, 39)  # fmt: skip
 I_SIZE = 40
 
 # how an instance reads its input
 DIRECT = 0  # as it comes: pixels of a channel side by side
 PADDED = 1  # copied into planes with their padding, one for each phase of the strides
-COLUMNS = 2  # copied for each tap of the kernel: images narrower than a vector
+FLAT = 2  # the same, all lines of an output channel as one: images narrower than a vector
 TRANSPOSED = 3  # rows of features: tiles of rows are transposed
 SINGLE = 4  # a few rows of features, one by one
 
