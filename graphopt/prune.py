@@ -186,6 +186,13 @@ def _choose(model: Model, context: Context, dims: Dims, wanted: Request) -> list
     return chosen
 
 
+def has_streams(model: Model, context: Context, wanted: Request) -> bool:
+    """Whether some group that may be pruned is written by several layers."""
+    dims = context.get(couple, model)
+    everything = {g.index for g in _choose(model, context, dims, replace(wanted, streams=True))}
+    return everything != {g.index for g in _choose(model, context, dims, replace(wanted, streams=False))}
+
+
 def _writers(group: Group, dims: Dims, layers: Sequence[Layer]) -> int:
     """How many distinct inputs the layers that write the group's units have: query, key and value of a head count as one."""
     labels = {layer: dims.labels(layer.weight) for layer in layers}

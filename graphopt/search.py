@@ -11,7 +11,7 @@ from graphopt.context import Context
 from graphopt.cost import costs
 from graphopt.errors import PassError
 from graphopt.model import Model, from_proto
-from graphopt.prune import Request, Scope, cut, plan_groups
+from graphopt.prune import Request, Scope, cut, has_streams, plan_groups
 from graphopt.recovery import MODES, Mode, apply, repair, targets
 from graphopt.shapes import shapes
 from graphopt.walk import mirrorable
@@ -67,6 +67,8 @@ def search(model: Model, context: Context, wanted: Request, recipes: Sequence[Re
     images = mirrorable(context.calibration)
     refused = ""
     for number, recipe in enumerate(recipes):
+        if recipe.streams and _alike(recipe, recipes) and not has_streams(model, context, wanted):
+            continue  # what the same recipe without streams does
         try:
             tried.append(_judged(_carried_out(model, baseline, context, wanted, recipe), context, MODES[0], images))
         except PassError as reason:  # out of reach for this recipe; another may get there
@@ -78,6 +80,10 @@ def search(model: Model, context: Context, wanted: Request, recipes: Sequence[Re
     ways = [(mode, mirrored) for mode in MODES for mirrored in {False, images}]
     tried += [_judged(best, context, *way) for way in ways if way != (best.mode, best.mirrored)]
     return min(tried, key=lambda t: t.error), tried
+
+
+def _alike(recipe: Recipe, recipes: Sequence[Recipe]) -> bool:
+    return replace(recipe, streams=False) in recipes
 
 
 def _carried_out(model: Model, baseline: Baseline, context: Context, wanted: Request, recipe: Recipe) -> Tried:
