@@ -102,7 +102,7 @@ def _mask(feed: Values, value: np.ndarray) -> np.ndarray | None:
 
 
 def error(truth: Answers, found: Sequence[Sequence[np.ndarray]]) -> float:
-    """Squared error over all scored tensors, each relative to its own variance over rows; the mean of them. Padded tokens are left out."""
+    """Squared error of each scored tensor relative to its variance over rows; the mean of them. Padded tokens are left out."""
     totals = []
     for index, score in enumerate(truth.scored):
         wrong = total = count = 0.0

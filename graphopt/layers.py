@@ -44,8 +44,8 @@ class Window:
 class Layer:
     """y = x W + b. The matrix form of W has shape (groups, features, outputs a group): see `to_matrix`.
 
-    `x` and `y` are tensors; the channels of a convolution lie on axis 1, of a Gemm or MatMul on the last. `bias` is None where there
-    is none; `addable`: the operator has an input for one. `other`: what is added to y by the one operator that reads it.
+    `x` and `y` are tensors; the channels of a convolution lie on axis 1, of a Gemm or MatMul on the last. `bias` is None where
+    there is none; `addable`: the operator has an input for one. `other`: what is added to y by the one operator that reads it.
     """
 
     node: str

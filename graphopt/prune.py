@@ -98,7 +98,7 @@ def cut(model: Model, context: Context, labels: np.ndarray) -> None:
 
 def plan_groups(model: Model, context: Context, wanted: Request) -> tuple[np.ndarray, dict[str, object]]:
     """The units to remove, and what the report should say; the model is not touched. Raises as `prune_groups`."""
-    goal = _goal(wanted)
+    goal = goal_of(wanted)
     if wanted.round_to < 1 or wanted.minimum < 1:
         raise OptionError(f"{wanted.name}: round_to and minimum must be at least 1, not {wanted.round_to} and {wanted.minimum}")
     score = find_criterion(wanted.criterion, wanted.name)
@@ -138,7 +138,8 @@ def _worth(
     return [None] * len(chosen)
 
 
-def _goal(wanted: Request) -> _Goal:
+def goal_of(wanted: Request) -> _Goal:
+    """What is asked for; OptionError unless it is exactly one thing that makes sense."""
     values = (("ratio", wanted.ratio), ("macs", wanted.macs), ("params", wanted.params))
     given = [_Goal(kind, value) for kind, value in values if value is not None]
     if len(given) != 1:

@@ -344,7 +344,7 @@ class Outcome:
 
 
 def repair_best(model: Model, baseline: Baseline, context: Context, modes: Sequence[Mode] = MODES) -> Outcome:
-    """Of these modes, and no repair, what brings the outputs nearest to the baseline's on held-out rows; then fitted on all rows."""
+    """Of these modes, and no repair, what brings the outputs nearest to the baseline's on held-out rows; then on all rows."""
     if context.calibration is None:
         raise PassError("recover", "needs calibration data: give --calib PATH (or calibration=...)")
     found = targets(model, baseline)

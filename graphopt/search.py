@@ -11,7 +11,7 @@ from graphopt.context import Context
 from graphopt.cost import costs
 from graphopt.errors import PassError
 from graphopt.model import Model, from_proto
-from graphopt.prune import Request, Scope, cut, has_streams, plan_groups
+from graphopt.prune import Request, Scope, cut, goal_of, has_streams, plan_groups
 from graphopt.recovery import MODES, Mode, apply, repair, targets
 from graphopt.shapes import shapes
 from graphopt.walk import mirrorable
@@ -60,6 +60,7 @@ def search(model: Model, context: Context, wanted: Request, recipes: Sequence[Re
 
     PassError without data, or where no candidate reaches the target.
     """
+    goal_of(wanted)
     baseline = context.remember(model)
     if baseline is None or context.calibration is None:
         raise PassError(wanted.name, "needs calibration data: give --calib PATH (or calibration=...)")
@@ -92,7 +93,7 @@ def _carried_out(model: Model, baseline: Baseline, context: Context, wanted: Req
     copy = from_proto(model.proto())
     own = Context(context.calibration, context.target, baseline=baseline.copy())
     whole = _size(model, context, wanted)
-    units, facts = 0, dict[str, object]()
+    units, total, facts = 0, 0, dict[str, object]()
     for step in range(1, recipe.steps + 1):
         first = step == 1
         if not first:
@@ -103,12 +104,13 @@ def _carried_out(model: Model, baseline: Baseline, context: Context, wanted: Req
                 ),
             )
             own.drop()
-        part = _part(asked, step, recipe.steps, whole / _size(copy, own, wanted))
+        part = _part(asked, step / recipe.steps, whole / _size(copy, own, wanted), units, total)
         labels, facts = plan_groups(model if first else copy, context if first else own, part)
         if labels.size:
             cut(copy, own, labels)
             copy.sort()
             own.drop()
+        total = total or int(str(facts["units"]))
         units += len(labels)
     return Tried(recipe, MODES[0], False, float("inf"), copy, _own(own), units, facts)
 
@@ -124,12 +126,15 @@ def _size(model: Model, context: Context, wanted: Request) -> float:
     return float((found.parameters if wanted.params is not None else found.macs) or 0)
 
 
-def _part(wanted: Request, step: int, steps: int, grown: float) -> Request:
-    """The target of a step, an equal part of the way; `grown`: by what the model was larger before the first."""
+def _part(wanted: Request, share: float, grown: float, gone: int, total: int) -> Request:
+    """The target once this share of the way is gone. `grown`: by what the model was larger before the first step; `gone`, `total`:
+    units removed so far, and those there were (0 before the first step).
+    """
     if wanted.ratio is not None:
-        return replace(wanted, ratio=1 - (1 - wanted.ratio) ** (1 / steps))
-    goal = wanted.macs if wanted.macs is not None else wanted.params
-    left = min(1.0, (1 - (1 - (goal or 1.0)) * step / steps) * grown)
+        goal = int(total * wanted.ratio * share + 1e-9)  # as `allocate.by_ratio` counts
+        return replace(wanted, ratio=(goal - gone) / (total - gone) if total else wanted.ratio * share)
+    kept = wanted.macs if wanted.macs is not None else wanted.params
+    left = min(1.0, (1 - (1 - (kept or 1.0)) * share) * grown)
     return replace(wanted, macs=left) if wanted.macs is not None else replace(wanted, params=left)
 
 

@@ -139,7 +139,9 @@ def _measured(model: Model, context: Context, site: Site, usable: Sequence[Layer
 
 def _symbols(model: Model, feed: Mapping[str, np.ndarray]) -> dict[str, int]:
     specs = [s for s in input_specs(model.interface()) if s.shape is not None and s.name in feed]
-    return {dim: int(size) for s in specs for dim, size in zip(s.shape or (), feed[s.name].shape, strict=True) if isinstance(dim, str)}
+    return {
+        dim: int(size) for s in specs for dim, size in zip(s.shape or (), feed[s.name].shape, strict=True) if isinstance(dim, str)
+    }
 
 
 def _judged(
@@ -171,7 +173,9 @@ def _after(layer: Layer, choice: Choice, best: Mapping[str, Block]) -> Choice:
     if block is None:
         return replace(choice, block=None, why="the whole model is faster without it")
     stored = next(f.stored for f in forms(layer) if f.block == block)
-    return replace(choice, block=block, stored=stored, why="dense, but in the layout of its neighbours: the whole model is faster so")
+    return replace(
+        choice, block=block, stored=stored, why="dense, but in the layout of its neighbours: the whole model is faster so"
+    )
 
 
 SURE = 1.5  # gain by itself that is expected to last among dense neighbours

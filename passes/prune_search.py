@@ -6,12 +6,14 @@ from collections import Counter
 from dataclasses import asdict
 
 from graphopt.context import Context
-from graphopt.kinds import KINDS
+from graphopt.cost import costs
+from graphopt.kinds import KINDS, Kind
 from graphopt.model import Model
 from graphopt.prune import Request
 from graphopt.recovery import apply, named, repair, targets
 from graphopt.registry import register
 from graphopt.search import search
+from graphopt.shapes import shapes
 
 NAME = "prune-search"
 
@@ -24,6 +26,7 @@ def prune_search(
     ratio: float | None = None,
     macs: float | None = None,
     params: float | None = None,
+    kinds: tuple[Kind, ...] = KINDS,
     round_to: int = 8,
     minimum: int = 1,
     include: tuple[str, ...] = (),
@@ -33,6 +36,7 @@ def prune_search(
     """Units are removed by several recipes, each repaired in closed form; what stays nearest to the original's outputs is taken.
 
     - ratio, macs, params: give exactly one, as for prune-channels: the share of units to remove, or of MACs or parameters to keep.
+    - kinds: what may go: heads, neurons, channels; all where nothing is said.
     - round_to, minimum, include, exclude, protect: as for prune-channels.
 
     Recipes differ in criterion, in how groups are weighed against each other, and in whether channels that run past residual
@@ -41,7 +45,7 @@ def prune_search(
     """
     wanted = Request(
         NAME,
-        kinds=KINDS,
+        kinds=kinds,
         ratio=ratio,
         macs=macs,
         params=params,
@@ -52,13 +56,17 @@ def prune_search(
         protect=protect,
         least=0.1,
     )
+    before = costs(model, context.get(shapes, model))
     best, tried = search(model, context, wanted)
     own = Context(context.calibration, context.target, context.progress)
     patch = repair(best.model, best.baseline, own, targets(best.model, best.baseline), best.mode, mirrored=best.mirrored)
     apply(best.model, patch)
+    after = costs(best.model)
     context.facts.update(best.facts)
     context.facts.update(
         {
+            "parameters": [before.parameters, after.parameters],
+            "macs": [before.macs, after.macs],
             "recipe": str(best.recipe),
             "mode": named((best.mode, best.mirrored)),
             "error_after": best.error,
