@@ -64,8 +64,8 @@ def candidate(
 def lamp(ascending: np.ndarray) -> np.ndarray:
     """The energy of each unit relative to what is left of the group once all weaker ones are gone (LAMP, Lee et al. 2021).
 
-    arXiv:2010.07611. The last unit has 1, so no group empties before others; dead units have 0. Dividing by the MACs a unit frees, and scores divided
-    by the group's mean instead, were measured on three networks and gained nothing.
+    arXiv:2010.07611. The last unit has 1, so no group empties before others; dead units have 0. Dividing by the MACs a unit frees,
+    and scores divided by the group's mean instead, were measured on three networks and gained nothing.
     """
     energy = np.square(np.asarray(ascending, np.float64))
     rest = np.cumsum(energy[::-1])[::-1]

@@ -132,7 +132,7 @@ def _worth(
     freed = scene.parameters if goal.kind == "params" else scene.macs
     each = {i: per_unit_freed(freed, holds) for i, holds in enumerate(scene.holds)}
     if wanted.scope == "sensitivity":
-        return measured(model, context, chosen, each)
+        return measured(model, context, chosen, each, float(scene.macs.total))
     if wanted.criterion in ABSOLUTE:
         return [by_score(score, each[i]) for i, score in enumerate(scores)]
     return [None] * len(chosen)

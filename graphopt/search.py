@@ -41,6 +41,9 @@ RECIPES = (
 )
 
 
+LARGE = 1e8  # MACs of a row from which recipes of several steps take too long to be tried
+
+
 @dataclass(frozen=True)
 class Tried:
     """A recipe carried out: the pruned model, not repaired since its last step, and the error that repair left on held-out rows."""
@@ -68,6 +71,8 @@ def search(model: Model, context: Context, wanted: Request, recipes: Sequence[Re
     images = mirrorable(context.calibration)
     refused = ""
     for number, recipe in enumerate(recipes):
+        if recipe.steps > 1 and (context.get(macs, model) or 0) > LARGE and len(recipes) > 1:
+            continue
         if recipe.streams and _alike(recipe, recipes) and not has_streams(model, context, wanted):
             continue  # what the same recipe without streams does
         try:
@@ -118,6 +123,11 @@ def _carried_out(model: Model, baseline: Baseline, context: Context, wanted: Req
 def _own(context: Context) -> Baseline:
     assert context.baseline is not None
     return context.baseline
+
+
+def macs(model: Model) -> int | None:
+    """Of one row; None where they are not known."""
+    return costs(model).macs
 
 
 def _size(model: Model, context: Context, wanted: Request) -> float:

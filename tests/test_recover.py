@@ -95,7 +95,7 @@ def test_sensitivity_is_measured_with_refitted_readers() -> None:
     found = readers(model, context)
     best = order(group, of_group(found, group))
     assert best is not None
-    counts, errors = curve(group, best.order, of_group(found, group), Trial(model, found, truth(model, context)))
+    counts, errors = curve(group, best.order, of_group(found, group), Trial(model, found, truth(model, context, 32)))
     assert errors[counts == 4] < 1e-3
     assert errors[-1] > 0.01
     assert (np.diff(errors) >= 0).all()
