@@ -36,7 +36,7 @@ def _silent(what: str, done: int, total: int) -> None:
 
 @dataclass
 class Settings:
-    """All that `optimize` may be told, beside the model; see its docstring."""
+    """All that `optimize` may be told, beside the model; see its docstring. `here`: the result is to run on this machine."""
 
     passes: str | Iterable[str | tuple[str, Mapping[str, Any]]] | None = None
     pipeline: str | Path | None = None
@@ -48,6 +48,7 @@ class Settings:
     measure: bool = False
     hooks: Sequence[Hook] = ()
     progress: Progress = _silent
+    here: bool = True
 
     def steps(self) -> list[Step]:
         """The pipeline, parsed and checked."""
@@ -175,7 +176,7 @@ def optimize_with(source: str | Path | onnx.ModelProto | Model, settings: Settin
     calibration = _dataset(settings.calibration, original)
     evaluation = _dataset(settings.evaluation, original)
     scored = _score_original(original, evaluation, settings)
-    context = Context(calibration, target, settings.progress)
+    context = Context(calibration, target, settings.progress, settings.here)
     start = figures(work, context)
     counter, failure, checked = _Costs(context, start), None, 0
     hooks: list[Hook] = [counter, *settings.hooks]

@@ -72,6 +72,7 @@ def optimize(
     """
     from graphopt import emit
     from graphopt.api import optimize_with
+    from graphopt.library import is_here
 
     target = output or emit.default_output(model)
     overwrite = bool(given.pop("overwrite"))
@@ -79,6 +80,7 @@ def optimize(
     _check_outputs([target] if report is None else [target, report], [Path(i) for i in inputs if i], overwrite)
     with _progress(not quiet) as progress:
         settings = _settings(given, as_json or quiet, progress)
+        settings.here = is_here(library_target)
         result = optimize_with(model, settings)
         library = None
         if result.failure is None and not no_library:

@@ -88,13 +88,22 @@ def prepare_library(
 
 
 def region_lines(report: Report) -> list[str]:
-    """One line a region, what ran them, and why other nodes stayed outside."""
-    facts: dict[str, Any] = next((dict(p.facts) for p in reversed(report.passes) if p.facts.get("regions")), {})
+    """One line a region, how they were chosen, what ran them, and why other nodes stayed outside."""
+    facts: dict[str, Any] = next((dict(p.facts) for p in reversed(report.passes) if p.facts.get("boundaries")), {})
+    chosen = facts.get("boundaries", {"candidates": []})
+    speeds = {row["name"]: f"{row['speed']:.2f}x onnxruntime's INT8" for row in chosen["candidates"] if row["speed"]}
     lines = []
     for region in facts.get("regions", ()):
-        count = sum(region["nodes"].values())
+        count, speed = sum(region["nodes"].values()), speeds.get(region["name"])
         ops = ", ".join(f"{n} {op}" for op, n in region["nodes"].items())
-        lines.append(f"{region['name']}: {count} nodes, {100 * region['share']:.1f} % of the MACs ({ops})")
+        lines.append(
+            f"{region['name']}: {count} nodes, {100 * region['share']:.1f} % of the MACs{f', {speed}' if speed else ''} ({ops})"
+        )
+    for row in (row for row in chosen["candidates"] if not row["taken"]):
+        lines.append(f"{row['name']}: left to onnxruntime, {speeds[row['name']]}: {row['reason']}")
+    if chosen["candidates"]:
+        whole = f"; the whole model: {chosen['speed']:.2f}x" if chosen["speed"] else ""
+        lines.append(f"regions chosen: {chosen['how']} ({chosen['why']}){whole}; the same again: {chosen['recipe']}")
     outside = facts.get("outside", ())
     lines += [f"outside: {row['count']} {row['op']}: {row['reason']}" for row in outside[:_REASONS]]
     if len(outside) > _REASONS:

@@ -24,6 +24,11 @@ def library_target(name: str | None = None) -> str:
     return here
 
 
+def is_here(name: str | None) -> bool:
+    """Whether a library for this target is one for this machine. OptionError where there is no such target."""
+    return name is None or TARGETS[library_target(name)] == platform_name()
+
+
 def build(target: str, progress: Progress) -> bytes:
     """The library's content: from the cache of this machine, else built, which takes up to a minute. Raises OperatorError."""
     try:

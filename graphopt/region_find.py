@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import onnx_graphsurgeon as gs
 
@@ -48,15 +49,14 @@ class Found:
     regions: list[Region]
     reasons: list[tuple[gs.Node, str]] = field(default_factory=list)
     macs: int | None = None  # of the whole model, one row
+    each: dict[str, int] = field(default_factory=dict)  # MACs of a node, by name
 
 
-def find_regions(model: Model, context: Context) -> list[Region]:
-    """The regions of all graphs, numbered by the name of their operator; see `search`."""
-    return search(model, context).regions
+def search(model: Model, context: Context, exclude: Sequence[str] = ()) -> Found:
+    """All regions that hold a convolution or a matrix product; the MAX_REGIONS with the most MACs where there are more.
 
-
-def search(model: Model, context: Context) -> Found:
-    """All regions that hold a convolution or a matrix product; the MAX_REGIONS with the most MACs where there are more."""
+    `exclude`: patterns (* and ?) of names of nodes that are in none. Numbered by the names of their operators.
+    """
     known = context.get(shapes, model)
     counted = costs(model, known)
     macs = {n.name: n.macs for n in counted.nodes}
@@ -66,7 +66,7 @@ def search(model: Model, context: Context) -> Found:
     reasons: list[tuple[gs.Node, str]] = []
     for graph in walk(model.graph):
         site = Site(model, known, wiring, names)
-        found = _grow(graph, site, macs)
+        found = _grow(graph, site, macs, exclude)
         regions += found
         reasons += _left(graph, site, found)
     taken = {n.op for n in model.nodes() if n.domain == "graphopt"}
@@ -78,7 +78,7 @@ def search(model: Model, context: Context) -> Found:
     result = [r for r in regions if id(r) in kept]
     for region, name in zip(result, free, strict=False):
         region.name = name
-    return Found(result, reasons, counted.macs)
+    return Found(result, reasons, counted.macs, macs)
 
 
 def _left(graph: gs.Graph, site: Site, regions: Sequence[Region]) -> list[tuple[gs.Node, str]]:
@@ -133,11 +133,14 @@ def _reads(node: gs.Node) -> list[gs.Tensor]:
     return [*node.inputs, *(t for g in bodies for n in g.nodes for t in n.inputs), *(t for g in bodies for t in g.outputs)]
 
 
-def _grow(graph: gs.Graph, site: Site, macs: dict[str, int]) -> list[Region]:
+def _grow(graph: gs.Graph, site: Site, macs: dict[str, int], exclude: Sequence[str]) -> list[Region]:
     """Each unit, in order, joins the regions that write or also read its inputs, as far as one node could replace them all."""
     growth = _Growth(graph, site, _Graph.of(graph))
     readers: dict[int, list[Region]] = {}
     for unit in units(site, graph, RULES):
+        if any(fnmatchcase(n.name, pattern) for n in unit.nodes for pattern in exclude):
+            site.refuse(unit.node, "excluded by name")
+            continue
         near = {id(r): r for t in unit.inputs for r in (*growth.writer(t), *readers.get(id(t), ()))}
         chosen: list[Region] = []
         best = growth.joined(chosen, unit)

@@ -376,7 +376,7 @@ def test_at_most_64_regions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_models_are_saved_loaded_and_left_alone(tmp_path: Path) -> None:
     g = Graph()
     proto = g.model(g.op("Softmax", g.q(g.conv(g.q(g.input("N", 4, 5, 5)), 4, 4), 0.3, 100), axis=1))
-    result = optimize(proto, passes="compile-int8")
+    result = optimize(proto, passes="compile-int8 boundaries=all")
     result.save(tmp_path / "c.onnx")
     again = load(tmp_path / "c.onnx")
     onnx.checker.check_model(onnx.load(tmp_path / "c.onnx"), full_check=True)
