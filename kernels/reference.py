@@ -60,3 +60,15 @@ def depthwise(x: np.ndarray, w: np.ndarray, comp: np.ndarray, stride: int) -> np
     k = w.shape[1]
     windows = np.lib.stride_tricks.sliding_window_view(x.astype(np.int32), (k, k), (0, 1))[::stride, ::stride]
     return comp + np.einsum("hwckl,ckl->hwc", windows, w.astype(np.int32), dtype=np.int32)
+
+
+def nbits(x: np.ndarray, weight: np.ndarray, scale: np.ndarray, zero: np.ndarray | None) -> np.ndarray:
+    """float64 [M, N] = x [M, K] times 4-bit weights u8 [N, blocks, block / 2], scale [N, blocks], zero u8 [N, (blocks + 1) / 2]."""
+
+    def nibbles(packed: np.ndarray) -> np.ndarray:
+        return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1).astype(np.float64)
+
+    n, blocks, _ = weight.shape
+    zeros = np.full((n, blocks), 8.0) if zero is None else nibbles(zero.reshape(n, -1))[:, :blocks]
+    w = (nibbles(weight) - zeros[..., None]) * scale.reshape(n, blocks, 1)
+    return np.asarray(x.astype(np.float64) @ w.reshape(n, -1)[:, : x.shape[1]].T)
