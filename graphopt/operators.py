@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from graphopt.errors import GraphoptError, ModelError, OptionError
+from graphopt.kernels.plan import NBITS
 
 if TYPE_CHECKING:
     import onnx
@@ -85,7 +86,7 @@ def library_name(where: str | None = None) -> str:
 
 def regions(proto: onnx.ModelProto) -> list[RegionNode]:
     """The region nodes of a model, those in subgraphs too."""
-    names = [f.name for f in proto.functions if f.domain == DOMAIN]
+    names = [f.name for f in proto.functions if f.domain == DOMAIN and f.name.startswith(PREFIXES)]
     sizes = {f.name: _computing(f) for f in proto.functions if f.domain == DOMAIN}
     found = [node.op_type for node in _nodes(proto.graph) if node.domain == DOMAIN and node.op_type.startswith(PREFIXES)]
     return [RegionNode(name, sizes.get(name, 0)) for name in found or names]
@@ -106,16 +107,23 @@ def _nodes(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
 def has_regions(model: str | Path | bytes | onnx.ModelProto) -> bool:
     """Whether the model has nodes that graphopt's library runs; cheap where it has none, however large it is."""
     if isinstance(model, bytes):
-        return any(p.encode() in model for p in PREFIXES) and bool(regions(_parsed(model)))
+        return any(name in model for name in _NAMES) and _runs_ours(_parsed(model))
     if not isinstance(model, str | Path):
-        return bool(regions(model))
+        return _runs_ours(model)
     try:
         with Path(model).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if all(content.find(p.encode()) < 0 for p in PREFIXES):
+            if all(content.find(name) < 0 for name in _NAMES):
                 return False
-        return bool(regions(_parsed(Path(model).read_bytes())))
+        return _runs_ours(_parsed(Path(model).read_bytes()))
     except (OSError, ValueError):  # not there, or empty: onnxruntime says what is wrong with it
         return False
+
+
+_NAMES = tuple(name.encode() for name in (*PREFIXES, NBITS[0]))
+
+
+def _runs_ours(proto: onnx.ModelProto) -> bool:
+    return bool(regions(proto)) or any(n.domain == DOMAIN and n.op_type in NBITS for n in _nodes(proto.graph))
 
 
 def _parsed(content: bytes) -> onnx.ModelProto:

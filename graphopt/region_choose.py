@@ -151,11 +151,9 @@ class _Chooser:
         """Rows to time with, and where they come from; or none, and why nothing is timed."""
         from graphopt.api import check_feeds
 
-        target = self.context.target
-        if not asked and (target is None or not target.onnxruntime):
-            return [], "no target was named" if target is None else f"{target.name} does not run in onnxruntime here"
-        if not asked and not self.context.here:
-            return [], "the model is for another machine"
+        why = "" if asked else cannot_time(self.context)
+        if why:
+            return [], why
         if self.model.weight_bytes() > LIMIT // 4:
             return [], "the model is too large for copies to be timed"
         data = self.context.calibration
@@ -167,7 +165,7 @@ class _Chooser:
 
     def measured(self, feeds: list[Feed], where: str) -> Choice:
         trial = emitted(self.model, self.exclude, [r.name for r in self.found.regions])
-        how = _operators(trial)
+        how = why_no_operators(trial)
         if how:
             return Choice("estimated", f"graphopt's operators cannot be had here: {how}", self.estimated())
         alone = {}
@@ -215,7 +213,16 @@ class _Chooser:
         )
 
 
-def _operators(proto: onnx.ModelProto) -> str:
+def cannot_time(context: Context) -> str:
+    """Why what is timed here would say nothing about where the model is to run, or ""."""
+    if context.target is None:
+        return "no target was named"
+    if not context.target.onnxruntime:
+        return f"{context.target.name} does not run in onnxruntime here"
+    return "" if context.here else "the model is for another machine"
+
+
+def why_no_operators(proto: onnx.ModelProto) -> str:
     """Why graphopt's operators cannot run here, or ""."""
     import onnxruntime as ort
 

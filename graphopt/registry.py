@@ -19,6 +19,7 @@ ENTRY_POINTS = "graphopt.passes"
 BUILTIN = {
     "common-subexpressions": "graphopt.passes.common_subexpressions",
     "compile-int8": "graphopt.passes.compile_int8",
+    "compile-nbits": "graphopt.passes.compile_nbits",
     "compile-sparse": "graphopt.passes.compile_sparse",
     "dead-code": "graphopt.passes.dead_code",
     "drop-defaults": "graphopt.passes.drop_defaults",

@@ -37,9 +37,10 @@ def _halves(b: Builder, d: Dialect, address: Value, offset: int) -> list[Value]:
     return [b.sitofp(half, d.f32) for half in (b.and_(both, const(15, d.i32)), b.lshr(both, const(4, d.i32)))]
 
 
-def _each_block(
-    b: Builder, weights: Value, count: Value, pairs: Value, carried: list[Value], body: Callable[[Value, Value, list[Value]], list[Value]]
-) -> list[Value]:
+_Block = Callable[[Value, Value, list[Value]], list[Value]]
+
+
+def _each_block(b: Builder, weights: Value, count: Value, pairs: Value, carried: list[Value], body: _Block) -> list[Value]:
     """`body(block, address of its record, carried)` for every block."""
     size = b.add(b.mul(pairs, const(PANEL)), const(HEAD))
 
@@ -68,9 +69,7 @@ def nbits_row(d: Dialect) -> Any:
                 xs = [splat(b, load(b, at, F32, 4 * odd), d.lanes) for odd in (0, 1)]
                 made = []
                 for j in range(vectors):
-                    made += [
-                        _madd(b, w, xs[odd], acc[2 * j + odd]) for odd, w in enumerate(_halves(b, d, place, d.lanes * j))
-                    ]
+                    made += [_madd(b, w, xs[odd], acc[2 * j + odd]) for odd, w in enumerate(_halves(b, d, place, d.lanes * j))]
                 return made
 
             acc = loop(b, const(0), pairs, 1, [nothing] * (2 * vectors), pair)
@@ -99,7 +98,12 @@ def nbits_rows(d: Dialect) -> Any:
         with b.goto_entry_block():
             unpacked, sums = (_buffer(b, size) for size in (MOST * PANEL, (CHUNK + ROWS) * PANEL))
         nothing = ir.Constant(d.f32, None)
-        _for(b, m, 1, lambda r: [store(b, nothing, scaled(b, sums, r, 4 * PANEL), 4 * d.lanes * j) for j in range(vectors)])
+
+        def clear(r: Value) -> None:
+            for j in range(vectors):
+                store(b, nothing, scaled(b, sums, r, 4 * PANEL), 4 * d.lanes * j)
+
+        _for(b, m, 1, clear)
 
         def block(index: Value, record: Value, _: list[Value]) -> list[Value]:
             _unpack(b, d, record, pairs, unpacked)

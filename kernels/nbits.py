@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from graphopt.kernels.abi import ld8, ldf32, memset, st8, stf32
+from graphopt.kernels.abi import ld8, ldf32, memcpy, memset, st8, stf32
 from graphopt.kernels.dialects import dialect
 from graphopt.kernels.isa import RUNGS, detect
 from graphopt.kernels.micro_nbits import CHUNK, HEAD, MOST, PANEL, nbits_row, nbits_rows
@@ -30,7 +30,8 @@ class NBits(NamedTuple):
 
     packed_bytes: Any  # (columns, blocks, block) -> size of packed weights
     pack: Any  # (target, weights, scales, zeros or 0, columns, blocks, block)
-    prepare: Any  # (target, sums, x, m, k, blocks, block): pads rows with zeros, and sums the blocks of each
+    pad: Any  # (target, x, m, k, width): rows with zeros behind them
+    block_sums: Any  # (target, x, blocks, block)
     run: Any  # (x, sums, m, weights, blocks, block, first panel, last panel, out, columns)
 
 
@@ -60,24 +61,28 @@ def pack(target: int, weights: int, scales: int, zeros: int, columns: int, block
 
 
 @compiled
-def prepare(target: int, sums: int, x: int, m: int, k: int, blocks: int, block: int) -> None:
-    """x float32 [m][k] -> target [m][blocks * block], padded with zeros, and sums [m][blocks]."""
+def pad(target: int, x: int, m: int, k: int, width: int) -> None:
+    """float32 [m][k] -> [m][width], the rest of each row 0."""
     for r in range(m):
-        for i in range(blocks):
-            total = np.float32(0)
-            for j in range(i * block, (i + 1) * block):
-                value = np.float32(0)
-                if j < k:
-                    value = ldf32(x + 4 * (r * k + j))
-                stf32(target + 4 * (r * blocks * block + j), value)
-                total += value
-            stf32(sums + 4 * (r * blocks + i), total)
+        memcpy(target + 4 * r * width, x + 4 * r * k, 4 * k)
+        memset(target + 4 * (r * width + k), 0, 4 * (width - k))
 
 
-def run(
-    x: int, sums: int, m: int, weights: int, blocks: int, block: int, start: int, stop: int, out: int, columns: int
-) -> None:
-    """Panels [start, stop) of m rows that `prepare` made; out: float32 [m][columns]."""
+@compiled
+def block_sums(target: int, x: int, blocks: int, block: int) -> None:
+    """The sum of each block of float32 [blocks][block]."""
+    for i in range(blocks):
+        total = np.float32(0)
+        for j in range(i * block, (i + 1) * block):
+            total += ldf32(x + 4 * j)
+        stf32(target + 4 * i, total)
+
+
+def run(x: int, sums: int, m: int, weights: int, blocks: int, block: int, start: int, stop: int, out: int, columns: int) -> None:
+    """Panels [start, stop) of m rows, float32 [m][blocks * block]; out: float32 [m][columns].
+
+    sums: float32 [m][blocks], of each block of x; read where m < FEW.
+    """
     size, pitch = blocks * (HEAD + block // 2 * PANEL), 4 * blocks * block
     for n in range(start, stop):
         panel, target, real = weights + n * size, out + 4 * PANEL * n, columns - PANEL * n
@@ -93,7 +98,7 @@ def run(
 def nbits(name: str) -> NBits:
     """The functions of a rung; nothing is compiled before it is called."""
     d = dialect(RUNGS[name])
-    return NBits(packed_bytes, pack, prepare, specialise(run, name, row=nbits_row(d), rows=nbits_rows(d)))
+    return NBits(packed_bytes, pack, pad, block_sums, specialise(run, name, row=nbits_row(d), rows=nbits_rows(d)))
 
 
 class NBitsGemm:
@@ -106,7 +111,8 @@ class NBitsGemm:
 
     def __init__(self, weight: Array, scale: Array, *, k: int, zero: Array | None = None, isa: str | None = None) -> None:
         if weight.dtype != np.uint8 or weight.ndim != 3 or 2 * weight.shape[2] not in BLOCKS:
-            raise ValueError(f"weight {weight.dtype}{list(weight.shape)}: expected uint8 [N, blocks, block / 2], block one of {BLOCKS}")
+            found = f"weight {weight.dtype}{list(weight.shape)}"
+            raise ValueError(f"{found}: expected uint8 [N, blocks, block / 2], block one of {BLOCKS}")
         self.columns, self.blocks, self.block, self.k = weight.shape[0], weight.shape[1], 2 * weight.shape[2], k
         if not self.columns or not 0 < k <= self.blocks * self.block or self.blocks != -(-k // self.block):
             raise ValueError(f"{self.blocks} blocks of {self.block} do not make up K = {k}")
@@ -131,7 +137,9 @@ class NBitsGemm:
         m = len(given)
         out = np.empty((m, self.columns), np.float32)
         padded, sums = np.empty((m, self.blocks * self.block), np.float32), np.empty((m, self.blocks), np.float32)
-        self._call.prepare(padded.ctypes.data, sums.ctypes.data, given.ctypes.data, m, self.k, self.blocks, self.block)
+        self._call.pad(padded.ctypes.data, given.ctypes.data, m, self.k, padded.shape[1])
+        for r in range(m if m < FEW else 0):
+            self._call.block_sums(sums[r].ctypes.data, padded[r].ctypes.data, self.blocks, self.block)
         panels = -(-self.columns // PANEL)
         self._call.run(
             padded.ctypes.data, sums.ctypes.data, m, self._packed.ctypes.data, self.blocks, self.block, 0, panels, out.ctypes.data,

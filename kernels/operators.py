@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphopt.kernels import engine, isa, sparse_engine
+from graphopt.kernels import engine, isa, nbits_op, sparse_engine
 from graphopt.kernels.region import family
 from graphopt.kernels.specialise import package_sources
 
@@ -13,3 +13,5 @@ SPARSE = family(
     sparse_engine.engine, tuple(isa.RUNGS), package_sources(), "sparse", sparse_engine.exports, prefix="SparseLayer"
 )
 """SparseLayer0 ... SparseLayer63."""
+NBITS = nbits_op.family(tuple(isa.RUNGS), package_sources())
+"""NBitsGemm, NBitsGemmZeros."""

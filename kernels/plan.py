@@ -38,6 +38,7 @@ STEP = 32
 MAX_REGIONS = 64  # operators Int8Region0 ... Int8Region63: onnxruntime before 1.24 confuses overloads of one function name
 MAX_CHANNELS = 65536
 DOMAIN = "graphopt"
+NBITS = ("NBitsGemm", "NBitsGemmZeros")  # operators of 4-bit weights, without and with zero points: nbits_op
 
 INPUT, OUTPUT, CONV, POOL, BINARY, COPY = 1, 2, 3, 4, 5, 6
 MAX_POOL, AVERAGE_POOL, GLOBAL_POOL = 0, 1, 2

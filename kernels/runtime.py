@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphopt.kernels.customop import Family
 
-FAMILIES: tuple[str, ...] = ("graphopt.kernels.operators:REGION", "graphopt.kernels.operators:SPARSE")
+FAMILIES: tuple[str, ...] = (
+    "graphopt.kernels.operators:REGION",
+    "graphopt.kernels.operators:SPARSE",
+    "graphopt.kernels.operators:NBITS",
+)
 """Where the families of operators are: `module:attribute`."""
 
 _LOCK = threading.RLock()

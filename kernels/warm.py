@@ -56,7 +56,7 @@ def main(isa: str, first: int, every: int, places: Sequence[str]) -> None:
     from graphopt.kernels.customop import served_by
     from graphopt.kernels.runtime import families
 
-    found = [e for family in families(places) for e in family.exports(served_by(family, isa))]
+    found = list({e.name: e for family in families(places) for e in family.exports(served_by(family, isa))}.values())
     for export in found:
         llvm.add_symbol(export.name, 1)
     for export in found[::-1][first::every]:

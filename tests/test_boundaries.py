@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import zoo
+from fake_clock import ticking, timer
 from region_cases import Graph, compiled, feed, regions
 
 from graphopt.api import optimize
@@ -18,27 +18,13 @@ from graphopt.context import Context
 from graphopt.data import open_dataset
 from graphopt.errors import OptionError, PassError
 from graphopt.feeds import input_specs
-from graphopt.measure import ROUNDS, Paired, paired
+from graphopt.measure import ROUNDS, paired
 from graphopt.model import Model, from_proto
 from graphopt.passes.compile_int8 import compile_regions
 from graphopt.region_choose import ALONE, difference
 from graphopt.registry import register
 from graphopt.runtime import session
 from graphopt.targets import ORT_CPU_GRAPHOPT, TENSORRT
-
-Timer = Callable[..., Paired]
-
-
-def ticking(first: float, second: float) -> Callable[[], float]:
-    """A clock under which two sessions in turns take these seconds."""
-    times = itertools.chain([0.0], itertools.cycle([0.0, first, 0.0, second]))
-    return lambda: next(times)
-
-
-def timer(*speeds: float) -> Timer:
-    """`paired` under a clock that gives one comparison after the other these speeds; the last one for all that follow."""
-    left = itertools.chain(speeds, itertools.repeat(speeds[-1]))
-    return lambda first, second, given, **options: paired(first, second, given, **options, clock=ticking(1.0, 1 / next(left)))
 
 
 def two_regions(bits: int = 7) -> onnx.ModelProto:
