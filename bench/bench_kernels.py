@@ -1,9 +1,12 @@
-"""The INT8 kernels against onnxruntime's, layer by layer: `python bench/bench_kernels.py [gemm conv depthwise gemv]`.
+"""The kernels against onnxruntime's, layer by layer: `python bench/bench_kernels.py [gemm conv depthwise gemv nbits]`.
 
 Each row is one layer, one thread: graphopt's kernel over u8 NHWC data, onnxruntime's QLinear operator (the faster of its NCHW
 and NHWC forms), and its float32 one. Times are medians of runs interleaved in one process; both sides include the copy of their
 input into padded buffers. On CPUs without INT8 dot products (VNNI, AMX) onnxruntime's u8 x s8 kernels add pairs of products in
 16 bits, which saturates: they are then fast, but wrong on such weights; graphopt's are exact on every CPU.
+
+nbits: float32 rows times 4-bit weights (M, K, N, block) against MatMulNBits in float32; `int8 activations` is onnxruntime's with
+accuracy_level 4, which rounds the rows to 8 bits and so computes something else.
 """
 
 from __future__ import annotations
@@ -37,6 +40,10 @@ DEPTHWISE = [
     (1, 32, 112, 112, 32, 3, 1, 32), (1, 144, 56, 56, 144, 3, 1, 144), (1, 256, 14, 14, 256, 3, 1, 256),
     (1, 96, 112, 112, 96, 3, 2, 96), (1, 240, 28, 28, 240, 5, 1, 240), (1, 672, 14, 14, 672, 5, 1, 672),
     (1, 64, 48, 48, 64, 3, 2, 64), (1, 240, 28, 28, 240, 5, 2, 240),
+]  # fmt: skip
+NBITS = [
+    (1, 768, 3072, 32), (1, 2048, 2048, 32), (1, 4096, 4096, 32), (1, 4096, 4096, 128), (4, 2048, 2048, 32), (32, 2048, 2048, 32),
+    (128, 768, 3072, 32),
 ]  # fmt: skip
 RNG = np.random.default_rng(0)
 
@@ -156,6 +163,21 @@ def conv(n: int, c: int, h: int, w: int, oc: int, kernel: int, stride: int, grou
     return Layer(name, macs, prepared(plan, [weight, ws], last), theirs)
 
 
+def nbits(m: int, k: int, n: int, block: int) -> Layer:
+    from graphopt.kernels import NBitsGemm
+
+    x, blocks = RNG.standard_normal((m, k)).astype(np.float32), k // block
+    weight, scale = RNG.integers(0, 256, (n, blocks, block // 2), dtype=np.uint8), RNG.random((n, blocks), dtype=np.float32)
+    layer = NBitsGemm(weight, scale, k=k)
+
+    def product(level: int) -> Callable[[], Any]:
+        sizes = {"K": k, "N": n, "bits": 4, "block_size": block, "accuracy_level": level}
+        node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], None, None, "com.microsoft", **sizes)
+        return session([node], {"w": weight, "s": scale.ravel()}, x)
+
+    return Layer(f"{m} x {k} x {n} / {block}", m * k * n, lambda: layer(x), {"int8 activations": product(4), "fp32": product(1)})
+
+
 def medians(runs: dict[str, Callable[[], Any]], seconds: float = 0.6) -> dict[str, float]:
     """Microseconds of each, interleaved."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -174,6 +196,7 @@ KINDS: dict[str, tuple[Callable[..., Layer], list[Any]]] = {
     "conv": (conv, CONV),
     "depthwise": (conv, DEPTHWISE),
     "gemv": (gemm, GEMV),
+    "nbits": (nbits, NBITS),
 }
 
 

@@ -6,9 +6,11 @@ process. Where neither can be had, onnxruntime runs the functions that the model
 
 from __future__ import annotations
 
+import logging
 import mmap
 import platform
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 DOMAIN = "graphopt"
 PREFIXES = ("Int8Region", "SparseLayer")
 MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
+LOG = logging.getLogger("graphopt")
 REMARK = "the model also runs without them, only slower (fallback=True, or --no-library)"
 Library = str | Path | Literal[False] | None
 """None: the one beside the model, else compiled in this process; "jit": always compiled; a path; False: none."""
@@ -39,7 +42,7 @@ class Operators:
     kind: Literal["library", "jit", "functions", "none"]
     library: Path | None = None
     rung: str = ""
-    reason: str = ""  # why not with graphopt's operators, where they were wanted
+    reason: str = ""  # why not with what comes first: the library beside the model, then code compiled here
 
     def __str__(self) -> str:
         """As a user reads it.
@@ -48,11 +51,11 @@ class Operators:
         'compiled in this process (avx512vnni)'
         """
         rung = f" ({self.rung})" if self.rung else ""
-        named = self.library.name if self.library else ""
+        named, why = self.library.name if self.library else "", f" ({self.reason})" if self.reason else ""
         return {
             "library": f"{named}{rung}",
-            "jit": f"compiled in this process{rung}",
-            "functions": "onnxruntime, from the functions in the model" + (f" ({self.reason})" if self.reason else ""),
+            "jit": f"compiled in this process{rung}{why}",
+            "functions": f"onnxruntime, from the functions in the model{why}",
             "none": "the model has no regions",
         }[self.kind]
 
@@ -165,28 +168,41 @@ def register(target: Any, **options: Any) -> Any:
     return None
 
 
+_KNOWN: weakref.WeakKeyDictionary[Any, Operators] = weakref.WeakKeyDictionary()  # SessionOptions that have them already
+
+
 def attach(options: Any, library: Library, *, beside: Path | None = None) -> Operators:
-    """Register the operators with these SessionOptions and say how. `beside`: the model's path. Raises OperatorError."""
+    """Register the operators with these SessionOptions and say how. `beside`: the model's path. Raises OperatorError.
+
+    Options that have them from here keep what they have: onnxruntime refuses a second set ("Domain already set in registry").
+    """
     if library is False:
         return Operators("functions")
+    if options not in _KNOWN:
+        _KNOWN[options] = _attach(options, library, beside)
+    return _KNOWN[options]
+
+
+def _attach(options: Any, library: Library, beside: Path | None) -> Operators:
     if library not in (None, "jit"):
-        path = Path(library)
+        path = Path(str(library))
         if not path.is_file():
             raise OperatorError(f"no such library: {path}")
         return _attach_file(options, path)
     local = beside.with_name(library_name()) if beside is not None and library is None else None
-    found, failed = None, ""
-    if local is not None and local.is_file():
+    reason = ""
+    if local is not None:
         try:
-            return _attach_file(options, local)
+            reason = f"there is no {local.name} beside the model"
+            if local.is_file():
+                return _attach_file(options, local)
         except OperatorError as error:
-            failed = f"{error}; "
+            reason = str(error)
     try:
-        found = _attach_jit(options)
+        return replace(_attach_jit(options), reason=reason)
     except OperatorError as error:
-        where = f"there is no {local.name} beside the model and " if local is not None and not failed else ""
-        raise OperatorError(f"{failed}{where}{error}; {REMARK}") from error
-    return replace(found, reason=failed.rstrip("; "))
+        before = f"{reason} and " if reason else ""
+        raise OperatorError(f"{before}{error}; {REMARK}") from error
 
 
 def _attach_file(options: Any, path: Path) -> Operators:
@@ -239,8 +255,19 @@ def session(
     library: None takes `graphopt-ops-<platform>.so` beside the model, else compiles the operators in this process; a path names
     another file, "jit" always compiles, False leaves the regions to onnxruntime. threads: 0 takes all cores. fallback: leave them
     to onnxruntime also where the operators cannot be had; without it that is an OperatorError. Raises ModelError for a bad model.
+
+    Why it is not the library beside the model goes to the log `graphopt`: at level INFO where there is none, as a WARNING where it
+    cannot be used or where the regions are left to onnxruntime. `graphopt.operators.opened` returns it.
     """
-    return opened(path, threads=threads, library=library, providers=providers, fallback=fallback)[0]
+    runner, how = opened(path, threads=threads, library=library, providers=providers, fallback=fallback)
+    if how.reason:
+        missing = how.kind == "jit" and how.reason.startswith("there is no ")
+        LOG.log(logging.INFO if missing else logging.WARNING, "%s: %s", _named(path), how)
+    return runner
+
+
+def _named(model: str | Path | bytes | onnx.ModelProto) -> str:
+    return str(model) if isinstance(model, str | Path) else "model"
 
 
 def opened(

@@ -18,6 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from graphopt.kernels.memory import ld64, st64
 from graphopt.kernels.specialise import compiled
 
 I64 = ir.IntType(64)
@@ -52,52 +53,6 @@ def _make_call(count: int) -> Any:
 
 
 call0, call1, call2, call3, call4, call5, call6, call7 = (_make_call(n) for n in range(8))
-
-
-def _make_access(number: Any, element: Any) -> tuple[Any, Any]:
-    """(load(address), store(address, value)) of one number; the address has the alignment of the number."""
-
-    @intrinsic
-    def load(_context: Any, address: Any) -> Any:
-        def codegen(_ctx: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return builder.load(_pointer(builder, arguments[0], element))
-
-        return number(types.int64), codegen
-
-    @intrinsic
-    def store(_context: Any, address: Any, value: Any) -> Any:
-        def codegen(ctx: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            builder.store(arguments[1], _pointer(builder, arguments[0], element))
-            return ctx.get_dummy_value()
-
-        return types.void(types.int64, number), codegen
-
-    return load, store
-
-
-ld64, st64 = _make_access(types.int64, I64)
-ld32, st32 = _make_access(types.int32, ir.IntType(32))
-ld16, st16 = _make_access(types.int16, ir.IntType(16))
-ld8, st8 = _make_access(types.uint8, ir.IntType(8))
-ldf32, stf32 = _make_access(types.float32, ir.FloatType())
-
-
-def _make_pointer(number: Any) -> Any:
-    """An intrinsic from an address to `CPointer(number)`: `p[i]` reads and writes with no array, no runtime and no exception."""
-    pointer = types.CPointer(number)
-
-    @intrinsic
-    def as_pointer(_context: Any, address: Any) -> Any:
-        def codegen(ctx: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], ctx.get_value_type(pointer))
-
-        return pointer(types.int64), codegen
-
-    return as_pointer
-
-
-p_f32, p_i64, p_i32, p_i16 = (_make_pointer(t) for t in (types.float32, types.int64, types.int32, types.int16))
-p_i8, p_u8 = (_make_pointer(t) for t in (types.int8, types.uint8))
 
 
 @intrinsic
@@ -234,16 +189,6 @@ def atomic_xchg(_context: Any, address: Any, value: Any) -> Any:
 
     def codegen(_ctx: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.atomic_rmw("xchg", _pointer(builder, arguments[0], I64), arguments[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def atomic_add(_context: Any, address: Any, value: Any) -> Any:
-    """Add to the int64 at an address and return the old value; sequentially consistent."""
-
-    def codegen(_ctx: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.atomic_rmw("add", _pointer(builder, arguments[0], I64), arguments[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), codegen
 

@@ -15,7 +15,8 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from graphopt.kernels.specialise import OPTIONS, RUNGS
+from graphopt.kernels.isa import LADDERS
+from graphopt.kernels.specialise import OPTIONS
 
 TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
 _MATHEMATICS = frozenset({"expf", "exp", "lrintf", "fmaf", "tanhf", "erff", "roundevenf", "rintf", "floorf"})
@@ -158,7 +159,7 @@ def build(output: Path, arch: str, places: Sequence[str]) -> None:
     from graphopt.kernels.runtime import families
 
     chosen = families(places)
-    rungs = [r for r in RUNGS[arch] if any(r in f.rungs for f in chosen)]
+    rungs = [r for r in LADDERS[arch] if any(r in f.rungs for f in chosen)]
     steps = len(rungs) + 2
     storage = "graphopt_storage"
     register = customop.registration(chosen, rungs, "RegisterCustomOps", storage)

@@ -12,8 +12,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from graphopt.kernels.abi import cstr, getauxval, getenv, ld8, ld64, machine
-from graphopt.kernels.specialise import RUNGS, compiled
+from graphopt.kernels.abi import cstr, getauxval, getenv, machine
+from graphopt.kernels.isa import LADDERS
+from graphopt.kernels.memory import ld64, ldu8
+from graphopt.kernels.specialise import compiled
 from graphopt.kernels.text import put_text, same_text
 
 llvmlite.binding.initialize_native_asmparser()  # for the inline assembly below; once is enough, and more does no harm
@@ -116,7 +118,7 @@ def _usable_aarch64() -> int:
 
 
 usable = _usable_aarch64 if machine() == "aarch64" else _usable_x86
-"""Compiled: bit i is set where rung i of `RUNGS[machine()]` can run here. Asks Linux for the AMX tiles."""
+"""Compiled: bit i is set where rung i of `LADDERS[machine()]` can run here. Asks Linux for the AMX tiles."""
 
 
 @compiled
@@ -130,7 +132,7 @@ def select(names: int, bits: int, count: int, message: int) -> int:
     message : buffer for the reason where -1 is returned
     """
     wish = getenv(cstr("GRAPHOPT_CPU"))
-    if wish != 0 and ld8(wish) == 0:
+    if wish != 0 and ldu8(wish) == 0:
         wish = 0
     can = usable()
     for i in range(count):
@@ -151,10 +153,10 @@ def select(names: int, bits: int, count: int, message: int) -> int:
 
 def bit(rung: str) -> int:
     """The bit of a rung in `usable()`. A rung `..._soft` emulates another's instructions, and runs anywhere."""
-    return RUNGS[machine()].index("generic" if rung.endswith("_soft") else rung)
+    return LADDERS[machine()].index("generic" if rung.endswith("_soft") else rung)
 
 
 def available() -> tuple[str, ...]:
     """The rungs that can run in this process, best first."""
     found = usable()
-    return tuple(rung for i, rung in enumerate(RUNGS[machine()]) if found >> i & 1)
+    return tuple(rung for i, rung in enumerate(LADDERS[machine()]) if found >> i & 1)

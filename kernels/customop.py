@@ -18,19 +18,18 @@ from graphopt.kernels.abi import (
     call2,
     constant_table,
     cstr,
-    ld8,
-    ld64,
     lock,
     machine,
     memset,
-    st64,
     stack64,
     symaddr,
     text_words,
     unlock,
 )
 from graphopt.kernels.exports import Export
-from graphopt.kernels.specialise import RUNGS, clone, compiled, specialise
+from graphopt.kernels.isa import LADDERS
+from graphopt.kernels.memory import ld64, ldu8, st64
+from graphopt.kernels.specialise import clone, compiled, specialise
 from graphopt.kernels.text import put_text
 
 if TYPE_CHECKING:  # globals that `registration` gives to the templates below
@@ -93,7 +92,7 @@ def served_by(family: Family, rung: str) -> str:
     """The best code of a family that runs wherever a rung runs. A CPU with AVX-512 need not have AVX-VNNI."""
     if rung in family.rungs:
         return rung
-    order = RUNGS[machine()]
+    order = LADDERS[machine()]
     below = [r for r in order[order.index(rung) :] if r == rung or r != "avxvnni"]
     return next(r for r in below if r in family.rungs)
 
@@ -179,15 +178,15 @@ def _operator_words(operator: Operator, family: int) -> list[int]:
 def minor_version(text: int) -> int:
     """Minor version of onnxruntime from "1.24.0"; 0 for a major version below 1, 999 above."""
     major, i = 0, 0
-    while 48 <= ld8(text + i) <= 57:
-        major = major * 10 + ld8(text + i) - 48
+    while 48 <= ldu8(text + i) <= 57:
+        major = major * 10 + ldu8(text + i) - 48
         i += 1
     if major != 1:
         return 0 if major < 1 else 999
     minor = 0
     i += 1
-    while 48 <= ld8(text + i) <= 57:
-        minor = minor * 10 + ld8(text + i) - 48
+    while 48 <= ldu8(text + i) <= 57:
+        minor = minor * 10 + ldu8(text + i) - 48
         i += 1
     return minor
 

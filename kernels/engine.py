@@ -9,7 +9,16 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from graphopt.kernels import engine_bind, engine_check, engine_conv, engine_pack, engine_rows, engine_run, engine_state
+from graphopt.kernels import (
+    engine_bind,
+    engine_check,
+    engine_conv,
+    engine_edges,
+    engine_pack,
+    engine_rows,
+    engine_run,
+    engine_state,
+)
 from graphopt.kernels.abi import lock, stack64, symaddr, unlock
 from graphopt.kernels.engine_bind import bind_arena, bind_bytes, bind_lives, bind_padding, bind_sizes
 from graphopt.kernels.engine_check import check_outputs, check_step
@@ -348,7 +357,7 @@ def _rung(isa: str) -> tuple[list[Export], dict[str, Any]]:
     scope = {**common()[1], **sizes, "BODY": f"gk_rows_body__{isa}"}
     scope |= {name: extern(f"gk_{name}__{isa}", 3, True) for name in ("conv", "gemv", "depthwise")}
     scope["conv_amx"] = extern(f"gk_conv_amx__{isa}", 4, True)
-    exports, externs = link([*engine_run.TEMPLATES, create], f"__{isa}", scope)
+    exports, externs = link([*engine_edges.TEMPLATES, *engine_run.TEMPLATES, create], f"__{isa}", scope)
     return [*parts, *exports], {**common()[1], **externs}
 
 

@@ -34,8 +34,10 @@ from graphopt.kernels.engine_state import (
     TENSOR_RECORD,
     fail,
     get,
+    leading_axes,
     own,
     put,
+    row_count,
     size_at,
     step_at,
     tensor_at,
@@ -178,24 +180,6 @@ def bind_binary(instance: int, s: int, i: int, error: int) -> int:
         if not same and not one:
             return fail(error, text("images of different sizes meet"), i, get(size, B_W))
     return define(instance, get(s, 3), height, width, i, error)
-
-
-def leading_axes(instance: int, shape: int, rank: int, like: int, channels: int) -> bool:
-    """The shape of an output of rows: the leading axes of activation `like`, and channels; False where ranks differ."""
-    source = get(instance, I_SHAPES) + 8 * TENSOR_RECORD * like
-    if get(source, R_RANK) != rank:
-        return False
-    for axis in range(rank - 1):
-        put(shape, R_DIMS + axis, get(source, R_DIMS + axis))
-    put(shape, R_DIMS + rank - 1, channels)
-    return True
-
-
-def row_count(instance: int, shape: int, rank: int) -> int:
-    count = 1
-    for axis in range(rank - 1):
-        count *= get(shape, R_DIMS + axis)
-    return count
 
 
 def bind_output(handle: int, instance: int, s: int, i: int, error: int) -> int:
@@ -400,7 +384,7 @@ def part_at(handle: int, i: int, index: int) -> int:
 
 
 TEMPLATES = (
-    define, bind_input, extent, pooled_extent, bind_conv, bind_copy, bind_pool, bind_binary, leading_axes, row_count,
+    define, bind_input, extent, pooled_extent, bind_conv, bind_copy, bind_pool, bind_binary,
     bind_output, bind_sizes, need, pad_for_phases, bind_padding, bind_lives, bind_bytes, clashes, lowest_place, bind_arena,
     phase_rows, part_at,
 )  # fmt: skip

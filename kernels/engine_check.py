@@ -13,6 +13,7 @@ from graphopt.kernels.engine_state import (
     H_OUTPUTS,
     H_STEPS,
     H_TENSORS,
+    MAX_SIZE,
     R_DATA,
     R_DIMS,
     R_RANK,
@@ -21,9 +22,11 @@ from graphopt.kernels.engine_state import (
     T_WRITTEN,
     T_ZERO,
     constant_at,
+    elements,
     fail,
     get,
     put,
+    readable,
     scale_at,
     step_at,
     tensor_at,
@@ -53,25 +56,6 @@ from graphopt.kernels.plan import (
 )
 
 MAX_WINDOW = 4096  # kernel sizes, strides, dilations and paddings
-MAX_SIZE = 1 << 31  # elements of any one thing: offsets are int32
-
-
-def elements(record: int) -> int:
-    """Elements of a tensor record; -1 where a dimension is negative or there are too many."""
-    count = 1
-    for axis in range(get(record, R_RANK)):
-        size = get(record, R_DIMS + axis)
-        if size < 0 or size >= MAX_SIZE:
-            return -1
-        count *= size
-        if count >= MAX_SIZE:
-            return -1
-    return count
-
-
-def readable(handle: int, index: int) -> bool:
-    """Whether a tensor exists and an earlier step wrote it."""
-    return within(index, 0, get(handle, H_TENSORS) - 1) and get(tensor_at(handle, index), T_WRITTEN) != 0
 
 
 def positive_scales(handle: int, scales: int, first: int, count: int) -> bool:
@@ -406,7 +390,7 @@ def check_outputs(handle: int, seen: int, error: int) -> int:
 
 
 TEMPLATES = (
-    elements, readable, positive_scales, finite_scales, sum_scales, written, window_ok, rank_ok, check_input, check_output,
+    positive_scales, finite_scales, sum_scales, written, window_ok, rank_ok, check_input, check_output,
     weight_shape, weight_of, check_sums, check_conv_constants, check_conv, check_float_conv, fresh, check_pool, check_binary,
     check_copy, check_step, check_outputs,
 )  # fmt: skip

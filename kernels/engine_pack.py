@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from graphopt.kernels.abi import call1, call2, call3, call4
-from graphopt.kernels.engine_check import elements, weight_of
+from graphopt.kernels.engine_check import weight_of
 from graphopt.kernels.engine_state import (
     H_CHANNELS_BYTES,
     H_DEPTHWISE_BYTES,
@@ -22,16 +22,18 @@ from graphopt.kernels.engine_state import (
     T_CHANNELS,
     T_PITCH,
     T_WRITTEN,
-    T_ZERO,
+    bias_of,
     constant_at,
+    elements,
     get,
     own,
     put,
     scale_at,
     step_at,
     tensor_at,
+    zero_of,
 )
-from graphopt.kernels.memory import copy, fill, free, ld32, ldf, lds8, malloc, st32, stf, stu8
+from graphopt.kernels.memory import copy, fill, free, ldf, lds8, malloc, st32, stf, stu8
 from graphopt.kernels.plan import CONV, IOHW, KN
 from graphopt.kernels.windows import MOST_GROUPS, WINDOW, pack_windows
 from graphopt.kernels.windows import TEMPLATES as WINDOWS
@@ -243,16 +245,6 @@ def pack_numbers(handle: int, s: int, part: int, wk: int, width: int) -> int:
     return 1
 
 
-def zero_of(handle: int, s: int) -> int:
-    return get(tensor_at(handle, get(s, 1)), T_ZERO)
-
-
-def bias_of(handle: int, s: int, oc: int) -> int:
-    if get(s, 6) < 0:
-        return 0
-    return ld32(get(constant_at(handle, get(s, 6)), R_DATA) + 4 * oc)
-
-
 def put_multiplier(handle: int, s: int, oc: int, target: int) -> None:
     """(sx * sw) / sy, or sx * sw for float output, each rounded to float32 as onnxruntime does."""
     scales = constant_at(handle, get(s, 5))
@@ -401,6 +393,6 @@ def pack_all(handle: int, steps: int, packed: int) -> int:
 
 
 TEMPLATES = (
-    *WINDOWS, tap_reach, take_tap, list_groups, put_offset, pack_part, pack_part_windows, pack_tiles, pack_numbers, zero_of,
-    bias_of, put_multiplier, pack_depthwise_step, depthwise_variant, pack_step, weight_channels, set_pitches, pack_all,
+    *WINDOWS, tap_reach, take_tap, list_groups, put_offset, pack_part, pack_part_windows, pack_tiles, pack_numbers,
+    put_multiplier, pack_depthwise_step, depthwise_variant, pack_step, weight_channels, set_pitches, pack_all,
 )  # fmt: skip

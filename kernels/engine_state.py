@@ -8,7 +8,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
-from graphopt.kernels.memory import I1, I64, at, emit, free, ld64, malloc, st64, text
+from graphopt.kernels.memory import I1, I64, at, emit, free, ld32, ld64, malloc, st64, text
 from graphopt.kernels.plan import STEP
 from graphopt.kernels.text import put_number, put_text
 
@@ -47,6 +47,7 @@ T_ZERO = 1
 T_PITCH = 2
 T_WRITTEN = 3  # 0: not yet; 1: by INPUT only; 2: by other steps
 TENSOR_SLOTS = 4
+MAX_SIZE = 1 << 31  # elements of any one thing: offsets are int32
 
 TENSOR_RECORD = 12  # what onnxruntime's tensors are handed over as: data, rank, element type, 8 dimensions, 0
 R_DATA, R_RANK, R_TYPE, R_DIMS = 0, 1, 2, 3
@@ -164,4 +165,50 @@ def fail(error: int, what: int, step: int, value: int) -> int:
     return 0
 
 
-TEMPLATES = (own, release_all, fail)
+def elements(record: int) -> int:
+    """Elements of a tensor record; -1 where a dimension is negative or there are too many."""
+    count = 1
+    for axis in range(get(record, R_RANK)):
+        size = get(record, R_DIMS + axis)
+        if size < 0 or size >= MAX_SIZE:
+            return -1
+        count *= size
+        if count >= MAX_SIZE:
+            return -1
+    return count
+
+
+def readable(handle: int, index: int) -> bool:
+    """Whether a tensor exists and an earlier step wrote it."""
+    return within(index, 0, get(handle, H_TENSORS) - 1) and get(tensor_at(handle, index), T_WRITTEN) != 0
+
+
+def leading_axes(instance: int, shape: int, rank: int, like: int, channels: int) -> bool:
+    """The shape of an output of rows: the leading axes of activation `like`, and channels; False where ranks differ."""
+    source = get(instance, I_SHAPES) + 8 * TENSOR_RECORD * like
+    if get(source, R_RANK) != rank:
+        return False
+    for axis in range(rank - 1):
+        put(shape, R_DIMS + axis, get(source, R_DIMS + axis))
+    put(shape, R_DIMS + rank - 1, channels)
+    return True
+
+
+def row_count(instance: int, shape: int, rank: int) -> int:
+    count = 1
+    for axis in range(rank - 1):
+        count *= get(shape, R_DIMS + axis)
+    return count
+
+
+def zero_of(handle: int, s: int) -> int:
+    return get(tensor_at(handle, get(s, 1)), T_ZERO)
+
+
+def bias_of(handle: int, s: int, oc: int) -> int:
+    if get(s, 6) < 0:
+        return 0
+    return ld32(get(constant_at(handle, get(s, 6)), R_DATA) + 4 * oc)
+
+
+TEMPLATES = (own, release_all, fail, elements, readable, leading_axes, row_count, zero_of, bias_of)

@@ -24,6 +24,7 @@ class Isa:
     weight_bytes: int  # packed bytes of 16 channels x 4 taps of a dense convolution
     comp_adjust: int  # what comp must hold besides, as a multiple of a channel's sum of weights
     gemm: tuple[int, ...]  # pixels of a tile of 1, 2, ... panels; each divides layout.PIXELS
+    machine: str = ""  # the architecture that it is of; "" for any
     soft: bool = False
 
     @property
@@ -49,11 +50,11 @@ _VNNI = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"}
 RUNGS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa("amx", 16, _VNNI | {"amx-tile", "amx-int8"}, 64, 0, (8, 8, 8, 6)),
-        Isa("avx512vnni", 16, _VNNI, 64, 0, (8, 8, 8, 6)),
-        Isa("avxvnni", 8, _AVX2 | {"avxvnni"}, 64, 0, (6, 3)),
-        Isa("avx2", 8, _AVX2, 64, 0, (4,)),
-        Isa("neon_dot", 4, frozenset({"neon", "dotprod"}), 64, 128, (6,)),
+        Isa("amx", 16, _VNNI | {"amx-tile", "amx-int8"}, 64, 0, (8, 8, 8, 6), "x86_64"),
+        Isa("avx512vnni", 16, _VNNI, 64, 0, (8, 8, 8, 6), "x86_64"),
+        Isa("avxvnni", 8, _AVX2 | {"avxvnni"}, 64, 0, (6, 3), "x86_64"),
+        Isa("avx2", 8, _AVX2, 64, 0, (4,), "x86_64"),
+        Isa("neon_dot", 4, frozenset({"neon", "dotprod"}), 64, 128, (6,), "aarch64"),
         Isa("generic", 4, frozenset(), 128, 0, (2,)),
         Isa("amx_soft", 16, frozenset(), 64, 0, (8, 8, 8, 6), soft=True),
         Isa("avx512vnni_soft", 16, frozenset(), 64, 0, (8, 8, 8, 6), soft=True),
@@ -61,6 +62,11 @@ RUNGS: dict[str, Isa] = {
         Isa("neon_dot_soft", 4, frozenset(), 64, 128, (6,), soft=True),
     )
 }
+LADDERS: dict[str, tuple[str, ...]] = {
+    machine: tuple(isa.name for isa in RUNGS.values() if not isa.soft and isa.machine in ("", machine))
+    for machine in ("x86_64", "aarch64")
+}
+"""Rungs that code can be written for, best first, by architecture."""
 
 
 @functools.cache

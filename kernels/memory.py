@@ -57,6 +57,7 @@ def _storer(name: str, stored: ir.Type, value: types.Type) -> Any:
 
 ld64, st64 = _loader("ld64", I64, "", types.int64), _storer("st64", I64, types.int64)
 ld32, st32 = _loader("ld32", I32, "sext", types.int64), _storer("st32", I32, types.int64)
+st16 = _storer("st16", I16, types.int64)
 ldu8, stu8 = _loader("ldu8", I8, "zext", types.int64), _storer("stu8", I8, types.int64)
 lds8 = _loader("lds8", I8, "sext", types.int64)
 ldf, stf = _loader("ldf", F32, "", types.float32), _storer("stf", F32, types.float32)

@@ -11,10 +11,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from graphopt.kernels import layout, micro_tiles, packing
-from graphopt.kernels.abi import ld64
 from graphopt.kernels.dialects import dialect
 from graphopt.kernels.isa import RUNGS, Isa
 from graphopt.kernels.layout import CONV_BLOCK, CONV_CHANNELS, CONV_M, CONV_PANELS, DW_C, DW_INPUT, DW_KERNEL, DW_OW, DW_STRIDE
+from graphopt.kernels.memory import ld64
 from graphopt.kernels.micro_conv import conv_tiles
 from graphopt.kernels.micro_depthwise import depthwise_chunk
 from graphopt.kernels.specialise import specialise

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from graphopt.kernels.abi import ld8, ldf32, memcpy, memset, st8, stf32
+from graphopt.kernels.abi import memcpy, memset
 from graphopt.kernels.dialects import dialect
 from graphopt.kernels.isa import RUNGS, detect
+from graphopt.kernels.memory import ldf, ldu8, stf, stu8
 from graphopt.kernels.micro_nbits import CHUNK, HEAD, MOST, PANEL, nbits_row, nbits_rows
 from graphopt.kernels.specialise import compiled, specialise
 
@@ -51,13 +52,13 @@ def pack(target: int, weights: int, scales: int, zeros: int, columns: int, block
         for i in range(blocks):
             at = target + (n // PANEL * blocks + i) * record
             lane = n % PANEL
-            stf32(at + 4 * lane, ldf32(scales + 4 * (n * blocks + i)))
+            stf(at + 4 * lane, ldf(scales + 4 * (n * blocks + i)))
             zero = MIDDLE
             if zeros != 0:
-                zero = ld8(zeros + n * ((blocks + 1) // 2) + i // 2) >> (4 * (i % 2)) & 15
-            st8(at + 4 * PANEL + lane, zero)
+                zero = ldu8(zeros + n * ((blocks + 1) // 2) + i // 2) >> (4 * (i % 2)) & 15
+            stu8(at + 4 * PANEL + lane, zero)
             for k in range(half):
-                st8(at + HEAD + PANEL * k + lane, ld8(weights + (n * blocks + i) * half + k))
+                stu8(at + HEAD + PANEL * k + lane, ldu8(weights + (n * blocks + i) * half + k))
 
 
 @compiled
@@ -74,8 +75,8 @@ def block_sums(target: int, x: int, blocks: int, block: int) -> None:
     for i in range(blocks):
         total = np.float32(0)
         for j in range(i * block, (i + 1) * block):
-            total += ldf32(x + 4 * j)
-        stf32(target + 4 * i, total)
+            total += ldf(x + 4 * j)
+        stf(target + 4 * i, total)
 
 
 def run(x: int, sums: int, m: int, weights: int, blocks: int, block: int, start: int, stop: int, out: int, columns: int) -> None:

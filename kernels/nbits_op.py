@@ -12,23 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.kernels import node
 from graphopt.kernels import ortapi as ort
-from graphopt.kernels.abi import (
-    aligned_free,
-    aligned_malloc,
-    call2,
-    call3,
-    call5,
-    cstr,
-    ld64,
-    memset,
-    parallel_for,
-    st64,
-    stack64,
-    symaddr,
-)
+from graphopt.kernels.abi import aligned_free, aligned_malloc, call2, call3, call5, cstr, memset, parallel_for, stack64, symaddr
 from graphopt.kernels.customop import ROLES, Family, Operator, symbol
 from graphopt.kernels.exports import Export
 from graphopt.kernels.externs import link
+from graphopt.kernels.memory import ld64, st64
 from graphopt.kernels.micro_nbits import MOST, PANEL
 from graphopt.kernels.nbits import FEW, block_sums, nbits, pack, packed_bytes, pad
 from graphopt.kernels.node import API, REFERENCE, STATE, drop, failure, new_state, read_constants, read_integer, read_tensor

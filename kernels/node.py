@@ -10,25 +10,11 @@ from functools import cache
 from typing import Any
 
 from graphopt.kernels import ortapi as ort
-from graphopt.kernels.abi import (
-    aligned_free,
-    aligned_malloc,
-    call1,
-    call2,
-    call3,
-    call4,
-    cstr,
-    ld8,
-    ld32,
-    ld64,
-    memset,
-    st8,
-    st64,
-    stack64,
-)
+from graphopt.kernels.abi import aligned_free, aligned_malloc, call1, call2, call3, call4, cstr, memset, stack64
 from graphopt.kernels.customop import has_reference
 from graphopt.kernels.exports import Export
 from graphopt.kernels.externs import link
+from graphopt.kernels.memory import ld32, ld64, ldu8, st64, stu8
 from graphopt.kernels.text import put_number, put_text
 
 # bytes of a node's state
@@ -102,8 +88,8 @@ def read_name(api: int, info: int, state: int) -> None:
     status = call3(read, info, buffer, size)
     if status == 0:
         for i in range(min(ld64(size), NAME_SIZE - 1)):
-            st8(state + NAME + i, ld8(buffer + i))
-            st8(state + NAME + i + 1, 0)
+            stu8(state + NAME + i, ldu8(buffer + i))
+            stu8(state + NAME + i + 1, 0)
     drop(api, status)
     aligned_free(buffer)
 

@@ -5,14 +5,14 @@ Two families, as in graphopt.kernels.dialects: quads of s8, and pairs of int16. 
 
 from __future__ import annotations
 
-from graphopt.kernels.abi import ld8, ld32, st8, st16, st32
+from graphopt.kernels.memory import ld32, ldu8, st16, st32, stu8
 
 LANES = 4  # int32 lanes of a vector; set for each rung
 
 
 def signed_byte(address: int) -> int:
     """A s8."""
-    value: int = (ld8(address) ^ 128) - 128
+    value: int = (ldu8(address) ^ 128) - 128
     return value
 
 
@@ -36,7 +36,7 @@ def pack_panels_quads(target: int, source: int, panels: int, groups: int) -> Non
     for n in range(panels * 16):
         for k in range(groups * 4):
             byte = ((n // 16 * groups + k // 4) * 16 + n % 16) * 4 + k % 4
-            st8(target + byte, ld8(source + n * groups * 4 + k))
+            stu8(target + byte, ldu8(source + n * groups * 4 + k))
 
 
 def pack_panels_pairs(target: int, source: int, panels: int, groups: int) -> None:
@@ -85,7 +85,7 @@ def pack_depthwise_quads(target: int, source: int, channels: int, kernel: int) -
                     for lane in range(LANES):
                         item = (((g * kernel + row) * sets + tap // 4) * 4 + i) * LANES + lane
                         at = source + (channel_of(g, i, lane, channels) * kernel + row) * kernel + tap
-                        st8(target + 4 * item + tap % 4, ld8(at) if tap < kernel else 0)
+                        stu8(target + 4 * item + tap % 4, ldu8(at) if tap < kernel else 0)
 
 
 def pack_depthwise_pairs(target: int, source: int, channels: int, kernel: int) -> None:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from graphopt.kernels import node
 from graphopt.kernels import ortapi as ort
-from graphopt.kernels.abi import aligned_free, aligned_malloc, call2, call3, call5, cstr, ld64, memset, st64, stack64
+from graphopt.kernels.abi import aligned_free, aligned_malloc, call2, call3, call5, cstr, memset, stack64
 from graphopt.kernels.customop import ROLES, Family, Operator, symbol
 from graphopt.kernels.exports import Export
+from graphopt.kernels.memory import ld64, st64
 from graphopt.kernels.node import (
     API,
     REFERENCE,

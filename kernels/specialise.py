@@ -12,12 +12,6 @@ from typing import Any
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False, "nogil": True}
 """Options of every njit function that is reached from a C callback: nothing in it may raise."""
 
-RUNGS: dict[str, tuple[str, ...]] = {
-    "x86_64": ("amx", "avx512vnni", "avxvnni", "avx2", "generic"),
-    "aarch64": ("neon_dot", "generic"),
-}
-"""Instruction sets that code can be written for, best first, by architecture."""
-
 
 def package_sources() -> tuple[str, ...]:
     """All source files of this package: what an engine that lives in it may be made of."""

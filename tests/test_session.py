@@ -72,6 +72,49 @@ def test_a_library_that_cannot_be_loaded(compiled: Path, without: None, tmp_path
         graphopt.session(tmp_path / "gone.onnx")
 
 
+def test_the_log_says_why_it_is_not_the_library_beside_the_model(
+    compiled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "_attach_jit", lambda options: operators.Operators("jit", rung="avx2"))
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *arguments, **options: None)
+    model = tmp_path / "model.onnx"
+    model.write_bytes(compiled.read_bytes())
+    caplog.set_level("INFO", "graphopt")
+    graphopt.session(model)
+    (tmp_path / operators.library_name()).write_bytes(b"no library")
+    graphopt.session(model)
+    first, second = caplog.records
+    assert first.levelname == "INFO"
+    assert (
+        first.getMessage() == f"{model}: compiled in this process (avx2) (there is no {operators.library_name()} beside the model)"
+    )
+    assert second.levelname == "WARNING"
+    assert f"{operators.library_name()} cannot be used here (" in second.getMessage()
+
+
+def test_the_log_says_that_the_regions_are_left_to_onnxruntime(
+    compiled: Path, without: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphopt.session(compiled, fallback=True)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "onnxruntime, from the functions in the model (there is no " in record.getMessage()
+    assert "No module named 'numba'" in record.getMessage()
+
+
+def test_options_that_have_the_operators_are_not_given_them_again(compiled: Path, tmp_path: Path) -> None:
+    """onnxruntime would refuse to make a session of them."""
+    import onnxruntime as ort
+
+    options, other = ort.SessionOptions(), tmp_path / "other.so"
+    other.write_bytes(b"never loaded")
+    graphopt.register(options)
+    assert operators.attach(options, other).kind == "jit"
+    graphopt.register(options)
+    runner = ort.InferenceSession(str(compiled), options, providers=["CPUExecutionProvider"])
+    assert runner.run(None, {runner.get_inputs()[0].name: np.zeros((1, 1, 8, 8), np.float32)})[0].shape[0] == 1
+
+
 def test_the_regions_stand_for_the_nodes(compiled: Path) -> None:
     import onnx
 
@@ -119,3 +162,29 @@ def test_a_library_is_reused_and_never_replaced_unasked(tmp_path: Path, monkeypa
         library.check_library(tmp_path, "x86-64", b"two", overwrite=False)
     library.write_library(library.check_library(tmp_path, "x86-64", b"two", overwrite=True), b"two")
     assert path.read_bytes() == b"two"
+
+
+@pytest.mark.parametrize(("target", "name"), [("aarch64", "linux-aarch64"), ("x86-64", "linux-x86_64")])
+def test_a_library_for_another_target(
+    cli: Run, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, name: str
+) -> None:
+    """What is timed here then says nothing: a table chooses the regions."""
+    built: list[str] = []
+    monkeypatch.setattr(library, "build", lambda chosen, progress: built.append(chosen) or b"code")
+    out, report = tmp_path / "out.onnx", tmp_path / "report.json"
+    passes = "fold, quantize method=minmax, compile-int8"
+    arguments = ["optimize", digits / "digits.onnx", "-o", out, "--passes", passes, "--calib", digits / "digits_calib.npz"]
+    code, _, err = cli(*arguments, "--target", "ort-cpu+graphopt", "--library-target", target, "--report", report, "-q")
+    assert (code, err) == (0, "")
+    assert built == [target]
+    assert (tmp_path / f"graphopt-ops-{name}.so").read_bytes() == b"code"
+    said = json.loads(report.read_text())["passes"][-1]["facts"]["boundaries"]
+    here = operators.platform_name() == name
+    assert said["how"] == ("measured" if here else "estimated")
+    assert here or said["why"] == "the model is for another machine"
+
+
+def test_an_unknown_library_target_is_one_line(cli: Run, digits: Path, tmp_path: Path) -> None:
+    code, _, err = cli("optimize", digits / "digits.onnx", "-o", tmp_path / "o.onnx", "--library-target", "riscv")
+    assert code == 1
+    assert "unknown library target 'riscv'; valid: x86-64, aarch64" in err

@@ -11,23 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from graphopt.kernels import ortapi as ort
-from graphopt.kernels.abi import (
-    aligned_free,
-    aligned_malloc,
-    atomic_xchg,
-    cstr,
-    ld64,
-    ldf32,
-    memcpy,
-    p_f32,
-    p_u8,
-    parallel_for,
-    st64,
-    stf32,
-    symaddr,
-)
+from graphopt.kernels.abi import aligned_free, aligned_malloc, atomic_xchg, cstr, memcpy, parallel_for, symaddr
+from graphopt.kernels.isa import LADDERS
+from graphopt.kernels.memory import ld64, ldf, st64, stf, stu8
 from graphopt.kernels.region import Engine, family
-from graphopt.kernels.specialise import RUNGS, specialise
+from graphopt.kernels.specialise import specialise
 from graphopt.kernels.text import put_number, put_text
 
 CHUNKS = 16
@@ -48,7 +36,7 @@ def _create(plan: int, plan_len: int, scales: int, n_scales: int, consts: int, n
         return 0
     handle = aligned_malloc(32 + 8 * outputs)
     st64(handle, ld64(plan + 40))
-    stf32(handle + 8, ldf32(ld64(consts)) + (ldf32(scales) if n_scales > 0 else np.float32(0)))
+    stf(handle + 8, ldf(ld64(consts)) + (ldf(scales) if n_scales > 0 else np.float32(0)))
     st64(handle + 16, outputs)
     st64(handle + 24, 0)
     memcpy(handle + 32, plan + 48, 8 * outputs)
@@ -85,16 +73,15 @@ def _part(instance: int, chunk: int) -> None:
     run = instance + _RUN
     elements = ld64(run + 16)
     handle = ld64(instance)
-    added = ldf32(handle + 8)
-    x = p_f32(ld64(run))
-    floats, bytes_ = p_f32(ld64(run + 8)), p_u8(ld64(run + 8))
+    added = ldf(handle + 8)
+    x, out = ld64(run), ld64(run + 8)
     as_float = ld64(handle + 32 + 8 * ld64(run + 24)) == 1
     for i in range(chunk * elements // CHUNKS, (chunk + 1) * elements // CHUNKS):
-        y = x[i] + added
+        y = ldf(x + 4 * i) + added
         if as_float:
-            floats[i] = y
+            stf(out + 4 * i, y)
         else:
-            bytes_[i] = np.uint8(min(max(y, np.float32(0)), np.float32(255)))
+            stu8(out + i, int(min(max(y, np.float32(0)), np.float32(255))))
 
 
 def _run(instance: int, inputs: int, outputs: int, par: int) -> int:
@@ -124,7 +111,7 @@ def engine(isa: str) -> Engine:
     return Engine(*made, bodies={body: specialise(_part, isa, SOURCES=SOURCES)})  # type: ignore[misc] # mypy does not count
 
 
-FAMILY = family(engine, sorted({r for rungs in RUNGS.values() for r in rungs}), SOURCES, "toy")
+FAMILY = family(engine, sorted({r for rungs in LADDERS.values() for r in rungs}), SOURCES, "toy")
 
 
 def _raising_create(plan: int, plan_len: int, scales: int, n_scales: int, consts: int, n_consts: int, err: int) -> int:
