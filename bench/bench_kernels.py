@@ -171,7 +171,7 @@ def nbits(m: int, k: int, n: int, block: int) -> Layer:
     layer = NBitsGemm(weight, scale, k=k)
 
     def product(level: int) -> Callable[[], Any]:
-        sizes = {"K": k, "N": n, "bits": 4, "block_size": block, "accuracy_level": level}
+        sizes: dict[str, Any] = {"K": k, "N": n, "bits": 4, "block_size": block, "accuracy_level": level}
         node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], None, None, "com.microsoft", **sizes)
         return session([node], {"w": weight, "s": scale.ravel()}, x)
 

@@ -170,7 +170,12 @@ def test_a_library_for_another_target(
 ) -> None:
     """What is timed here then says nothing: a table chooses the regions."""
     built: list[str] = []
-    monkeypatch.setattr(library, "build", lambda chosen, progress: built.append(chosen) or b"code")
+
+    def build(chosen: str, progress: library.Progress) -> bytes:
+        built.append(chosen)
+        return b"code"
+
+    monkeypatch.setattr(library, "build", build)
     out, report = tmp_path / "out.onnx", tmp_path / "report.json"
     passes = "fold, quantize method=minmax, compile-int8"
     arguments = ["optimize", digits / "digits.onnx", "-o", out, "--passes", passes, "--calib", digits / "digits_calib.npz"]
