@@ -146,14 +146,24 @@ def _expand(name: str, options: Mapping[str, Any], group: str) -> list[Step]:
         except OptionError as error:
             raise OptionError(f"{error}; presets: {', '.join(PRESETS)}") from error
         return [Step(entry, _typed(entry, options), group if "/" in group else "")]
-    if options:
-        raise OptionError(f"preset '{name}' takes no options; write its passes out: {PRESETS[name].passes}")
-    inner = f"{group}/{name}" if PRESETS[name].repeat else group
+    preset = PRESETS[name]
+    if options and not preset.options_of:
+        raise OptionError(f"preset '{name}' takes no options; write its passes out: {preset.passes}")
+    inner = f"{group}/{name}" if preset.repeat else group
     return [
         step
-        for number, (sub, sub_options) in enumerate(_split(PRESETS[name].passes))
-        for step in _expand(sub, sub_options, inner if PRESETS[name].repeat else f"{group}.{number}")
+        for number, (sub, own) in enumerate(_split(preset.passes))
+        for step in _expand(
+            sub, _replaced(own, options) if sub == preset.options_of else own, inner if preset.repeat else f"{group}.{number}"
+        )
     ]
+
+
+def _replaced(own: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A preset's options with those given: another target (ratio, macs, params) takes the place of the preset's."""
+    goals = {"ratio", "macs", "params"}
+    kept = {key: value for key, value in own.items() if key not in goals} if goals & given.keys() else own
+    return {**kept, **given}
 
 
 def _typed(entry: Pass, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """`repeat`: run again until no pass of it changes anything (its passes enable each other)."""
+    """`repeat`: run again until no pass of it changes anything (its passes enable each other).
+
+    `options_of`: the pass that options of the preset are meant for; without one it takes none.
+    """
 
     passes: str
     summary: str
     repeat: bool = False
+    options_of: str = ""
 
 
 SIMPLIFY = "fold-constants, remove-noops, drop-defaults, merge-reshapes, fuse-pads"
@@ -28,11 +32,13 @@ PRESETS: dict[str, Preset] = {
         "the same, and INT8 regions compiled for graphopt's library (give --target ort-cpu+graphopt)",
     ),
     "prune": Preset(
-        "fold, prune-channels macs=0.8 scope=global, cleanup",
-        "fold, then the least important channels removed until 80 % of the MACs stay",
+        "fold, prune-search macs=0.8, cleanup",
+        "fold, then units removed and layers repaired until 80 % of the MACs stay, or `prune macs=0.6` (needs calibration data)",
+        options_of="prune-search",
     ),
     "prune-int8": Preset(
-        "fold, prune-channels macs=0.8 scope=global criterion=activation, cleanup, quantize",
-        "the same with importance measured on calibration data, then INT8",
+        "fold, prune-search macs=0.8, cleanup, quantize",
+        "the same, then INT8",
+        options_of="prune-search",
     ),
 }
