@@ -234,7 +234,7 @@ def linear_scale(site: Site) -> Result:
 
 @rule("Shape")
 def shape(site: Site) -> Result:
-    """Whoever reads the sizes goes on reading those from before (see `repair_rules`), which a dynamic size that shrinks cannot tell."""
+    """Whoever reads sizes goes on reading those from before (`repair_rules`); a dynamic one that shrinks could not be told."""
     x, sizes = site.axes(), site.shape() or ()
     first = range(len(x))[slice(site.attr("start") or 0, site.attr("end"))]
     for place, axis in enumerate(first):

@@ -17,6 +17,7 @@ from graphopt.dim_rules_reshape import fold, unfold
 
 _INSIDE = "features inside a head are summed"
 _LENGTH = "attention looks at all positions"
+_BATCH = "rows of a batch that masks and caches belong to"
 
 
 def _heads(site: Site, labels: Labels, count: int) -> tuple[Labels, Labels]:
@@ -39,6 +40,9 @@ def _joined(site: Site, heads: Labels, features: Labels) -> Labels:
 def _attend(site: Site, queries: tuple[Labels, Labels], keys: tuple[Labels, Labels], values: tuple[Labels, Labels]) -> None:
     """Heads and features of the three: what is summed inside a head stays, heads that work together go together."""
     site.pin_axes([queries[1], keys[1]], _INSIDE)
+    for index in range(3):
+        if site.has(index) and len(axes := site.axes(index)) > 2:
+            site.pin(axes[0], _BATCH)
     site.tie(keys[0], values[0])
     many, few = queries[0].size, keys[0].size
     if many % few:
@@ -49,15 +53,13 @@ def _attend(site: Site, queries: tuple[Labels, Labels], keys: tuple[Labels, Labe
         site.tie(queries[0], _joined(site, keys[0], site.dims.classes.fresh(many // few)))
 
 
-def _bias(site: Site, index: int, batch: Labels, heads: Labels) -> None:
+def _bias(site: Site, index: int, heads: Labels) -> None:
     """A mask or bias on the scores: [batch, heads, queries, keys], the first two of which may be missing or of size 1."""
-    if not site.has(index):
-        return
-    axes = site.axes(index)
-    site.pin_axes(axes[-2:], _LENGTH)
-    for labels, met in zip(axes[-3::-1], (heads, batch), strict=False):
-        if not is_one(labels):
-            site.tie(labels, met)
+    if site.has(index):
+        axes = site.axes(index)
+        site.pin_axes([*axes[:-3], *axes[-2:]], _LENGTH)
+        if len(axes) > 2 and not is_one(axes[-3]):
+            site.tie(axes[-3], heads)
 
 
 def _cache(site: Site, indices: Sequence[int], heads: Labels, axis: int = 1) -> None:
@@ -75,14 +77,13 @@ def attention(site: Site) -> Result:
     flat = len(q) == 3
     for x in (q, k, v):
         site.pin(x[1 if flat else 2], _LENGTH)
-        site.tie(x[0], q[0])
     if flat:
         many, few = int(site.attr("q_num_heads") or 0), int(site.attr("kv_num_heads") or 0)
         queries, keys, values = _heads(site, q[2], many), _heads(site, k[2], few), _heads(site, v[2], few)
     else:
         queries, keys, values = ((x[1], x[3]) for x in (q, k, v))
     _attend(site, queries, keys, values)
-    _bias(site, 3, q[0], queries[0])
+    _bias(site, 3, queries[0])
     _cache(site, (4, 5), keys[0])
     length = site.pinned(None, _LENGTH)
     y = [q[0], q[1], _joined(site, queries[0], values[1])] if flat else [*q[:3], values[1]]
@@ -106,7 +107,7 @@ def packed_attention(site: Site) -> Result:
     _attend(site, queries, keys, values)
     site.pin(x[1], _LENGTH)
     _cache(site, (4,), keys[0], axis=2)
-    _bias(site, 5, x[0], queries[0])
+    _bias(site, 5, queries[0])
     if len(site.node.outputs) > 1 or site.has(4):
         site.pin(values[1], "kept from earlier steps")
     length = site.pinned(None, _LENGTH)
@@ -125,7 +126,7 @@ def multi_head_attention(site: Site) -> Result:
     _attend(site, queries, keys, values)
     if site.has(3):
         site.tie(site.axes(3)[0], np.concatenate([_joined(site, *part) for part in (queries, keys, values)]))
-    _bias(site, 5, first[0], queries[0])
+    _bias(site, 5, queries[0])
     _cache(site, (6, 7), keys[0])
     length = site.pinned(None, _LENGTH)
     caches = [[first[0], keys[0], length, part[1]] for part in (keys, values)]
@@ -160,7 +161,7 @@ def group_query_attention(site: Site) -> Result:
     queries, keys, values = (_heads(site, labels, n) for labels, n in zip(flat, (many, few, few), strict=True))
     _attend(site, queries, keys, values)
     _cache(site, (3, 4), keys[0])
-    _bias(site, 10, x[0], queries[0])
+    _bias(site, 10, queries[0])
     if site.has(11):  # one more logit for each head
         site.tie(site.axes(11)[0], queries[0])
     length = site.pinned(None, _LENGTH)
@@ -174,6 +175,7 @@ def group_query_attention(site: Site) -> Result:
 def rotary_embedding(site: Site) -> Result:
     """[batch, heads, length, width] or [batch, length, heads * width]: features of a head turn in pairs, heads on their own."""
     x, count = site.axes(), int(site.attr("num_heads") or 0)
+    site.pin(x[0], _BATCH)
     if len(x) == 4:
         site.pin_axes(x[2:], "rotated by position, in pairs")
         return [x]

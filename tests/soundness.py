@@ -19,6 +19,7 @@ from graphopt.model import load
 from graphopt.removal import remove, zero
 
 TOLERANCE = 1e-4  # of the largest magnitude of the output in the model as it came: sums run in another order
+FAILURES: tuple[type[Exception], ...] = (GraphoptError, RuntimeError, ValueError, *zoo.RUNTIME_ERRORS)
 ALL = -1  # all groups at once
 HEADER = '<ir_version: 9, opset_import: ["" : 17]>\n'
 Feeds = Mapping[str, np.ndarray]
@@ -110,7 +111,7 @@ def difference(source: Path | onnx.ModelProto, dims: Dims, units: np.ndarray, ru
             for value, a, b, scale in zip(sessions[0].get_outputs(), wanted, given, scales, strict=True):
                 if message := unequal(a, b, scale):
                     return f"output '{value.name}': {message}"
-    except (GraphoptError, RuntimeError, ValueError) as error:  # onnxruntime's own errors are RuntimeErrors
+    except FAILURES as error:
         return " ".join(str(error).split())[:300]
     return ""
 

@@ -15,8 +15,6 @@ import soundness
 import zoo
 from onnx import helper, numpy_helper
 
-from graphopt.errors import GraphoptError
-
 INFINITE_AT_ZERO = {"Log", "Reciprocal", "Div", "Pow", "Mod", "Acosh", "MeanVarianceNormalization"}  # zeros give NaN there
 FLOATS = {onnx.TensorProto.FLOAT}
 
@@ -98,7 +96,7 @@ def test_operators() -> None:
         try:
             proto = wrapper.model()
             found = soundness.findings(proto, [wrapper.feeds])
-        except (GraphoptError, RuntimeError):  # onnxruntime lacks the operator or its types
+        except soundness.FAILURES:  # onnxruntime lacks the operator or its types
             continue
         tested += 1
         infinite = case.model.graph.node[0].op_type in INFINITE_AT_ZERO

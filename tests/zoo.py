@@ -167,6 +167,15 @@ def feeds(
     return result
 
 
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return tuple(e for e in vars(state).values() if isinstance(e, type) and issubclass(e, Exception))
+
+
+RUNTIME_ERRORS = _runtime_errors()  # onnxruntime's own exceptions, which have no base of their own
+
+
 @dataclass(frozen=True)
 class NodeTest:
     """One of onnx's backend tests: a small model, inputs by name, outputs. A value is an array, list or None."""
