@@ -6,8 +6,6 @@ head of keys only, single heads of queries go.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from graphopt.dim_labels import ONE, Labels, is_one
@@ -62,12 +60,13 @@ def _bias(site: Site, index: int, heads: Labels) -> None:
             site.tie(axes[-3], heads)
 
 
-def _cache(site: Site, indices: Sequence[int], heads: Labels, axis: int = 1) -> None:
-    """Keys and values from before: all but the heads stays."""
-    for index in [i for i in indices if site.has(i)]:
+def _cache(site: Site, index: int, heads: Labels, features: Labels) -> None:
+    """Keys or values from before, [..., heads, length, width]: all but the heads stays."""
+    if site.has(index):
         axes = site.axes(index)
-        site.pin_axes([*axes[:axis], *axes[axis + 1 :]], "kept from earlier steps")
-        site.tie(axes[axis], heads)
+        site.pin_axes([*axes[:-3], *axes[-2:]], "kept from earlier steps")
+        site.tie(axes[-3], heads)
+        site.tie(axes[-1], features)
 
 
 @rule("Attention")
@@ -84,7 +83,8 @@ def attention(site: Site) -> Result:
         queries, keys, values = ((x[1], x[3]) for x in (q, k, v))
     _attend(site, queries, keys, values)
     _bias(site, 3, queries[0])
-    _cache(site, (4, 5), keys[0])
+    _cache(site, 4, *keys)
+    _cache(site, 5, *values)
     length = site.pinned(None, _LENGTH)
     y = [q[0], q[1], _joined(site, queries[0], values[1])] if flat else [*q[:3], values[1]]
     caches = [[q[0], keys[0], length, part[1]] for part in (keys, values)]
@@ -106,7 +106,7 @@ def packed_attention(site: Site) -> Result:
     queries, keys, values = (_heads(site, part, count) for part in np.split(w[1], np.cumsum(sizes)[:2]))
     _attend(site, queries, keys, values)
     site.pin(x[1], _LENGTH)
-    _cache(site, (4,), keys[0], axis=2)
+    _cache(site, 4, *keys)
     _bias(site, 5, queries[0])
     if len(site.node.outputs) > 1 or site.has(4):
         site.pin(values[1], "kept from earlier steps")
@@ -127,7 +127,8 @@ def multi_head_attention(site: Site) -> Result:
     if site.has(3):
         site.tie(site.axes(3)[0], np.concatenate([_joined(site, *part) for part in (queries, keys, values)]))
     _bias(site, 5, queries[0])
-    _cache(site, (6, 7), keys[0])
+    _cache(site, 6, *keys)
+    _cache(site, 7, *values)
     length = site.pinned(None, _LENGTH)
     caches = [[first[0], keys[0], length, part[1]] for part in (keys, values)]
     y = [first[0], first[1], _joined(site, queries[0], values[1])]
@@ -160,7 +161,8 @@ def group_query_attention(site: Site) -> Result:
         flat = np.split(x[2], [many * width, (many + few) * width])
     queries, keys, values = (_heads(site, labels, n) for labels, n in zip(flat, (many, few, few), strict=True))
     _attend(site, queries, keys, values)
-    _cache(site, (3, 4), keys[0])
+    _cache(site, 3, *keys)
+    _cache(site, 4, *values)
     _bias(site, 10, queries[0])
     if site.has(11):  # one more logit for each head
         site.tie(site.axes(11)[0], queries[0])

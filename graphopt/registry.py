@@ -31,6 +31,7 @@ BUILTIN = {
     "fuse-pads": "graphopt.passes.fuse_pads",
     "merge-initializers": "graphopt.passes.merge_initializers",
     "merge-reshapes": "graphopt.passes.merge_reshapes",
+    "prune-blocks": "graphopt.passes.prune_blocks",
     "prune-channels": "graphopt.passes.prune_channels",
     "prune-heads": "graphopt.passes.prune_heads",
     "prune-neurons": "graphopt.passes.prune_neurons",

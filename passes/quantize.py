@@ -32,7 +32,9 @@ Method = Literal["minmax", "moving-average", "percentile", "entropy", "mse"]
 OPSET = 13  # DequantizeLinear with an axis
 
 
-@register("quantize", needs_data=True, after=("prune-channels", "prune-heads", "prune-neurons", "fold-bn", "fold-scales"))
+@register(
+    "quantize", needs_data=True, after=("prune-blocks", "prune-channels", "prune-heads", "prune-neurons", "fold-bn", "fold-scales")
+)
 def quantize(
     model: Model,
     context: Context,
