@@ -137,13 +137,34 @@ def _matmul_nbits(n: _Node) -> list[Term]:
     return [Term(n.axes(n.node.inputs[0]), int(n.node.attrs.get("N", 0)))]
 
 
+def _fused_matmul(n: _Node) -> list[Term]:
+    """A MatMul that may swap the last two axes of A first (com.microsoft.FusedMatMul)."""
+    return [Term((*n.axes(n.node.outputs[0]), *n.axes(n.node.inputs[0], -2 if n.node.attrs.get("transA") else -1)))]
+
+
+def _attention(n: _Node) -> list[Term]:
+    """Scores and sums over the length of the keys, for each feature of queries and result (Attention and its relatives)."""
+    q, y = n.node.inputs[0], n.node.outputs[0]
+    k = n.node.inputs[1] if len(n.node.inputs) > 1 and n.node.inputs[1].name else q
+    length = n.axes(k, 2 if n.rank(k) == 4 else 1)
+    whole = q if k is not q and n.rank(q) == n.rank(y) else y  # queries with keys and values beside them are not all summed
+    return [Term((*n.axes(whole), *length)), Term((*n.axes(y), *length))]
+
+
+def _packed_attention(n: _Node) -> list[Term]:
+    """The projection to queries, keys and values, then as above (com.microsoft.Attention)."""
+    x, y = n.node.inputs[0], n.node.outputs[0]
+    sums = Term((*n.axes(y), *n.axes(x, 1)), 2)
+    return [Term((*n.axes(x, 0, 1), *n.axes(n.node.inputs[1]))), sums]
+
+
 def _no_rule(n: _Node) -> list[Term]:
     raise _UnknownError("no rule counts the MACs of this op")
 
 
 # by op; what is not here multiplies nothing worth counting (elementwise ops, pooling, normalisation, softmax count as zero)
 MAC_RULES: dict[str, Rule] = {
-    "Attention": _no_rule,
+    "Attention": _attention,
     "Conv": _conv(0, 1),
     "ConvInteger": _conv(0, 1),
     "ConvTranspose": _conv_transpose,
@@ -157,12 +178,16 @@ MAC_RULES: dict[str, Rule] = {
     "QLinearConv": _conv(0, 3),
     "QLinearMatMul": _matmul(0, 3),
     "RNN": _recurrent,
+    "com.microsoft::Attention": _packed_attention,
     "com.microsoft::DynamicQuantizeLSTM": _recurrent,
     "com.microsoft::DynamicQuantizeMatMul": _matmul(0, 1),
     "com.microsoft::FusedConv": _conv(0, 1),
     "com.microsoft::FusedGemm": _gemm(0, 1),
+    "com.microsoft::FusedMatMul": _fused_matmul,
+    "com.microsoft::GroupQueryAttention": _attention,
     "com.microsoft::MatMulIntegerToFloat": _matmul(0, 1),
     "com.microsoft::MatMulNBits": _matmul_nbits,
+    "com.microsoft::MultiHeadAttention": _attention,
     "com.microsoft::QGemm": _gemm(0, 3),
     "com.microsoft::QLinearConv": _conv(0, 3),
 }
@@ -170,9 +195,10 @@ MAC_RULES: dict[str, Rule] = {
 ELEMENTWISE = frozenset(
     f"com.microsoft::{op}"
     for op in (
-        "BiasGelu BiasSoftmax BiasSplitGelu DequantizeLinear FastGelu Gelu QLinearAdd QLinearAveragePool QLinearConcat "
+        "BiasGelu BiasSoftmax BiasSplitGelu DequantizeLinear EmbedLayerNormalization FastGelu Gelu QLinearAdd QLinearAveragePool "
+        "QLinearConcat "
         "QLinearGlobalAveragePool QLinearLeakyRelu QLinearMul QLinearSigmoid QLinearSoftmax QuantizeLinear QuickGelu "
-        "SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization"
+        "RotaryEmbedding SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization"
     ).split()
 )
 

@@ -125,6 +125,8 @@ class Dims:
     vanishing: set[str] = field(default_factory=set)  # computed tensors that are zero wherever the constants' slices are
     folds: list[Fold] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
+    residual: bool = False  # features under a LayerNormalization may go, which is not exact
+    statistics: list[Labels] = field(default_factory=list)  # those features
     _roots: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
     def labels(self, tensor: str) -> list[np.ndarray] | None:
@@ -142,6 +144,10 @@ class Dims:
     def freeze(self) -> None:
         """Take the classes as they are now; `labels` answers from here on."""
         self._roots = self.classes.roots()
+
+    def is_exact(self, units: np.ndarray) -> bool:
+        """Whether removing these root labels is the same as zeroing them: no mean and no norm is taken over them."""
+        return not any(np.isin(self._roots[labels], units).any() for labels in self.statistics)
 
     def root_count(self) -> int:
         """One more than the highest label."""

@@ -113,6 +113,13 @@ class Site:
     def pin(self, labels: Labels, reason: str) -> None:
         self.dims.classes.pin(labels, reason, self.node.name)
 
+    def pin_statistics(self, labels: Labels, reason: str) -> None:
+        """A mean or norm is taken over the axis, which stays unless `couple` was asked to let it go."""
+        if self.dims.residual:
+            self.dims.statistics.append(labels)
+        else:
+            self.pin(labels, reason)
+
     def pinned(self, size: object, reason: str) -> Labels:
         """Labels of a new axis that stays; a size that is no number makes a dynamic one."""
         return ONE if size == 1 else self.dims.classes.pinned(size if isinstance(size, int) else 1, reason, self.node.name)

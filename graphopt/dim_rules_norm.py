@@ -19,10 +19,10 @@ def reduction(site: Site) -> Result:
         raise PinError("the axes to reduce are not known")
     if not axes:
         axes = [] if site.attr("noop_with_empty_axes") else list(range(len(x)))
-    gone = {a % len(x) for a in axes}
+    gone, keep = {a % len(x) for a in axes}, site.attr("keepdims") != 0
+    pin = site.pin_statistics if site.op == "ReduceMean" and keep and gone == {len(x) - 1} else site.pin
     for axis in gone:
-        site.pin(x[axis], f"{site.node.op} over this axis")
-    keep = site.attr("keepdims") != 0
+        pin(x[axis], f"{site.node.op} over this axis")
     return [[ONE if i in gone else labels for i, labels in enumerate(x) if keep or i not in gone]]
 
 
@@ -69,9 +69,12 @@ def layer_normalization(site: Site) -> Result:
     """Over `axis` and all that follow, with scale and bias for each of their elements; the rest are statistics."""
     x, axis = site.axes(), int(-1 if site.attr("axis") is None else site.attr("axis"))
     axis %= len(x)
-    site.pin_axes(x[axis:], f"{site.node.op} over this axis")
+    pin = site.pin_statistics if axis == len(x) - 1 else site.pin
+    for labels in x[axis:]:
+        pin(labels, f"{site.node.op} over this axis")
     for index in site.given()[1:]:
-        site.pin_axes(site.axes(index), f"{site.node.op} over this axis")
+        for labels, met in zip(site.axes(index)[::-1], x[::-1], strict=False):
+            site.tie(labels, met)
     statistics = [*x[:axis], *[ONE] * (len(x) - axis)]
     return [x, statistics, statistics][: len(site.node.outputs)]
 
@@ -80,9 +83,9 @@ def layer_normalization(site: Site) -> Result:
 def skip_layer_normalization(site: Site) -> Result:
     """Over the last axis of a sum."""
     x = site.axes()
+    site.pin_statistics(x[-1], f"{site.node.op} over this axis")
     for index in site.given():
-        site.pin_axes(site.axes(index)[0 if index else -1 :], f"{site.node.op} over this axis")
-    broadcast(site, [x, site.axes(1)])
+        broadcast(site, [x, site.axes(index)])
     statistics = [*x[:-1], ONE]
     return [x, statistics, statistics, x][: len(site.node.outputs)]
 
@@ -90,9 +93,15 @@ def skip_layer_normalization(site: Site) -> Result:
 @rule("com.microsoft::EmbedLayerNormalization")
 def embed_layer_normalization(site: Site) -> Result:
     """Rows of two or three tables, picked and added, over their last axis."""
-    for index in site.given():
-        site.pin_axes(site.axes(index), f"{site.node.op} over this axis" if index > 1 else "positions")
     ids, hidden = site.axes(), site.axes(2)[1]
+    site.pin_statistics(hidden, f"{site.node.op} over this axis")
+    for index in site.given():
+        *rows, last = site.axes(index)
+        site.pin_axes(rows, f"{site.node.op} addresses positions")
+        if index in range(2, 7):  # the tables, scale and bias
+            site.tie(last, hidden)
+        else:
+            site.pin(last, "positions")
     y = [*ids, hidden]
     return [y, [ids[0]], y][: len(site.node.outputs)]
 

@@ -55,12 +55,13 @@ class Group:
     activations: tuple[Slice, ...]
 
 
-def couple(model: Model) -> Dims:
+def couple(model: Model, *, residual: bool = False) -> Dims:
     """The labels of every axis of every tensor, and their classes; near linear in the size of the graph.
 
-    Graph inputs and outputs stay. Bodies of control flow take part; what goes into and out of them stays.
+    Graph inputs and outputs stay. Bodies of control flow take part; what goes into and out of them stays. `residual`: features
+    that a LayerNormalization or the like takes its mean and norm of may go too, which is not exact (`Dims.is_exact`).
     """
-    dims = Dims(_bounded(shapes(model)))
+    dims = Dims(_bounded(shapes(model)), residual=residual)
     for graph in model.graphs():
         for tensor in graph.inputs:
             dims.pin_tensor(tensor.name, f"graph input '{tensor.name}'")

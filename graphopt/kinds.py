@@ -1,17 +1,17 @@
-"""What the units of a group are: heads of an attention block, neurons between two matrices, or channels."""
+"""What the units of a group are: heads of an attention block, neurons between two matrices, channels, or a residual stream."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 import onnx_graphsurgeon as gs
 
 from graphopt.attributes import op_key
 from graphopt.dims import Dims, Group, Slice
 
-Kind = Literal["heads", "neurons", "channels"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["heads", "neurons", "channels", "residual"]
+EXACT: tuple[Kind, ...] = ("heads", "neurons", "channels")
 
 _PRODUCTS = frozenset({"MatMul", "com.microsoft::FusedMatMul"})
 _MATRICES = frozenset(
@@ -30,7 +30,10 @@ def kind_of(group: Group, dims: Dims, tensors: Mapping[str, gs.Tensor]) -> Kind:
     """heads: the units lie along an axis over which two activations are multiplied matrix by matrix, or attended.
 
     neurons: they lie in matrices (or recurrent weights) alone. channels: anything else, first of all filters of convolutions.
+    residual: a LayerNormalization takes their mean and norm (`couple` was asked for them).
     """
+    if not dims.is_exact(group.units):
+        return "residual"
     if any(_is_head_axis(place, dims, tensors) for place in group.activations):
         return "heads"
     weights = [t for s in group.slices if isinstance(t := tensors.get(s.tensor), gs.Constant) and len(t.shape) > 1]
@@ -44,6 +47,18 @@ def _is_head_axis(place: Slice, dims: Dims, tensors: Mapping[str, gs.Tensor]) ->
         op = op_key(node)
         if _ATTENTION.get(op, {}).get(rank) == place.axis:
             return True
+        if op == "Einsum" and _is_batch_letter(node, tensor, place.axis):
+            return True
         if op in _PRODUCTS and place.axis < rank - 2 and not any(isinstance(t, gs.Constant) for t in node.inputs):
             return True
     return False
+
+
+def _is_batch_letter(node: gs.Node, tensor: gs.Tensor | None, axis: int) -> bool:
+    """Whether two activations and the result have the letter of this axis of one of them."""
+    left, _, right = str(node.attrs.get("equation", "")).replace(" ", "").partition("->")
+    sides = left.split(",")
+    if len(sides) != len(node.inputs) or any(isinstance(t, gs.Constant) for t in node.inputs):
+        return False
+    text = next((s for s, t in zip(sides, node.inputs, strict=True) if t is tensor), right)
+    return axis < len(text) and len(sides) > 1 and all(text[axis] in side for side in (*sides, right))

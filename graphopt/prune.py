@@ -20,7 +20,7 @@ from graphopt.dims import Dims, Group, couple, groups
 from graphopt.errors import OptionError, PassError
 from graphopt.groups_view import names_of, nodes_of, pinned, summarized
 from graphopt.inspect import is_quantized, quantization
-from graphopt.kinds import KINDS, Kind, kind_of
+from graphopt.kinds import EXACT, Kind, kind_of
 from graphopt.layers import Layer, find_layers
 from graphopt.model import Model
 from graphopt.proto import subgraphs, walk
@@ -60,7 +60,7 @@ class Request:
     """
 
     name: str
-    kinds: tuple[Kind, ...] = KINDS
+    kinds: tuple[Kind, ...] = EXACT
     ratio: float | None = None
     macs: float | None = None
     params: float | None = None
@@ -103,7 +103,7 @@ def plan_groups(model: Model, context: Context, wanted: Request) -> tuple[np.nda
         raise OptionError(f"{wanted.name}: round_to and minimum must be at least 1, not {wanted.round_to} and {wanted.minimum}")
     score = find_criterion(wanted.criterion, wanted.name)
     _refuse_quantized(model, wanted.name)
-    dims = context.get(couple, model)
+    dims = couple(model, residual=True) if "residual" in wanted.kinds else context.get(couple, model)
     chosen = _choose(model, context, dims, wanted)
     scene = _scene(model, context, dims, chosen)
     scores = score(model, context, chosen) if chosen else []

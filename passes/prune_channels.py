@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from graphopt.context import Context
+from graphopt.kinds import EXACT
 from graphopt.model import Model
 from graphopt.prune import Request, prune_groups
 from graphopt.registry import register
@@ -27,6 +28,7 @@ def prune_channels(
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
     protect: tuple[str, ...] = (),
+    residual: bool = False,
 ) -> int:
     """The least important units of every coupled group are cut out of all weights that hold them.
 
@@ -39,12 +41,15 @@ def prune_channels(
     - minimum: units that every group keeps.
     - include, exclude: patterns (* and ?) of names of weights and nodes; a group matches by any of its own.
     - protect: patterns of outputs that must not change at all: no group that they depend on is pruned.
+    - residual: the width of the residual stream of a transformer may shrink too. LayerNormalization then takes mean and norm over
+      fewer features, so this is approximate even for features that are zero; such groups are reported as kind residual.
 
     Returns the number of units removed. Not exact: evaluate the result. `graphopt groups MODEL` shows what could go. Fold
     BatchNormalization first (except for bn-scale): scores are better then.
     """
     wanted = Request(
         NAME,
+        kinds=(*EXACT, "residual") if residual else EXACT,
         ratio=ratio,
         macs=macs,
         params=params,

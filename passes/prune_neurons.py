@@ -27,6 +27,7 @@ def prune_neurons(
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
     protect: tuple[str, ...] = (),
+    residual: bool = False,
 ) -> int:
     """The least important neurons between two matrices (MLPs, recurrent layers) are cut out of both.
 
@@ -39,13 +40,14 @@ def prune_neurons(
     - minimum: units that every group keeps.
     - include, exclude: patterns (* and ?) of names of weights and nodes; a group matches by any of its own.
     - protect: patterns of outputs that must not change at all: no group that they depend on is pruned.
+    - residual: the width of the residual stream of a transformer may shrink too. LayerNormalization then takes mean and norm over
+      fewer features, so this is approximate even for features that are zero; such groups are reported as kind residual.
 
-    The width of the residual stream of a transformer stays, since LayerNormalization looks at all of it. Returns the number of
-    neurons removed. Not exact: evaluate the result. `graphopt groups MODEL` shows which groups are neurons.
+    Returns the number of neurons removed. Not exact: evaluate the result. `graphopt groups MODEL` shows which groups are neurons.
     """
     wanted = Request(
         NAME,
-        kinds=("neurons",),
+        kinds=("neurons", "residual") if residual else ("neurons",),
         ratio=ratio,
         macs=macs,
         params=params,
