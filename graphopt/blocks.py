@@ -11,10 +11,10 @@ import onnx_graphsurgeon as gs
 
 from graphopt.attributes import op_key
 from graphopt.cost import MAC_RULES
-from graphopt.edit import set_input, set_inputs
+from graphopt.edit import set_input, set_inputs, set_output
 from graphopt.model import Model
 from graphopt.proto import subgraphs
-from graphopt.shapes import Shapes
+from graphopt.shapes import ANONYMOUS, Shapes
 
 _SIMPLIFIED = "com.microsoft::SkipSimplifiedLayerNormalization"
 SUMS = frozenset({"Add", "com.microsoft::SkipLayerNormalization", _SIMPLIFIED})  # op of a node that adds its first two inputs
@@ -87,11 +87,12 @@ def _block(node: gs.Node, order: Mapping[int, int], readers: Mapping[int, set[in
 def _behind(f: gs.Tensor, x: gs.Tensor, order: Mapping[int, int]) -> list[gs.Node] | None:
     """What computes f, back to where x is computed, the last node first; None where f does not depend on x."""
     first = max((order.get(id(n), -1) for n in x.inputs), default=-1)
+    starts = {id(x), *(id(n.outputs[0]) for n in x.inputs if op_key(n) in SUMS)}  # what was made of a sum as it was normalised
     stack, seen, met = [f], dict[int, gs.Node](), False
     while stack:
         tensor = stack.pop()
-        met |= tensor is x
-        for node in tensor.inputs if tensor is not x else ():
+        met |= id(tensor) in starts
+        for node in tensor.inputs if id(tensor) not in starts else ():
             if id(node) not in seen and order.get(id(node), -1) > first:
                 seen[id(node)] = node
                 stack.extend(_reads(node))
@@ -114,7 +115,7 @@ def _obstacle(block: Block, model: Model, shapes: Shapes, outputs: set[int]) -> 
     y = [t for t in node.outputs if t.name]
     if any(id(t) in outputs for t in y):
         return "the sum is an output of the model"
-    if shapes.shape(x.name) is None or shapes.shape(x.name) != shapes.shape(y[0].name):
+    if not _alike(x, y[0], shapes):
         return "the shapes of the sum and of what stays are not known to be equal"
     if shapes.dtype(x.name) is None or shapes.dtype(x.name) != shapes.dtype(y[0].name):
         return "the types of the sum and of what stays are not known to be equal"
@@ -124,6 +125,17 @@ def _obstacle(block: Block, model: Model, shapes: Shapes, outputs: set[int]) -> 
         if op_key(node) != _SIMPLIFIED and model.opset < _LAYER_NORMALIZATION:
             return "LayerNormalization needs opset 17"
     return ""
+
+
+def _alike(x: gs.Tensor, y: gs.Tensor, shapes: Shapes) -> bool:
+    """Whether the shapes are equal: numbers and symbols as inferred, or symbols as the exporter declared both."""
+    mine, theirs = shapes.shape(x.name), shapes.shape(y.name)
+    if mine is None or theirs is None or len(mine) != len(theirs):
+        return False
+    declared = [tuple(t.shape) if t.shape is not None and len(t.shape) == len(mine) else (None,) * len(mine) for t in (x, y)]
+    named = [a == b and isinstance(a, str) and a not in ANONYMOUS for a, b in zip(*declared, strict=True)]
+    dynamic = [isinstance(a, str) and isinstance(b, str) for a, b in zip(mine, theirs, strict=True)]
+    return all(a == b or (d and n) for a, b, d, n in zip(mine, theirs, dynamic, named, strict=True))
 
 
 @contextmanager
@@ -171,13 +183,16 @@ def _normalized(node: gs.Node, x: gs.Tensor) -> Callable[[], None]:
     node.op, node.domain = "SimplifiedLayerNormalization" if simplified else "LayerNormalization", ""
     node.attrs = {"axis": -1, "epsilon": float(node.attrs.get("epsilon", np.float32(1e-12)))}
     set_inputs(node, [x, *weights])
-    del node.outputs[1:]
+    while len(node.outputs) > 1:
+        set_output(node, len(node.outputs) - 1, gs.Variable.empty())
+        list.pop(node.outputs)
 
     def undo() -> None:
         node.op, node.domain, node.attrs = before[:3]
         set_inputs(node, before[3])
-        for tensor in before[4][1:]:
-            node.outputs.append(tensor)
+        for index, tensor in enumerate(before[4][1:], 1):
+            list.append(node.outputs, gs.Variable.empty())
+            set_output(node, index, tensor)
         if moved:
             _restore(moved, before[4][3])
 
