@@ -34,6 +34,16 @@ ATTENTION = {
         (5,),
         _SIZES,
     ),
+    "Attention with a cache that is given on: query heads go equally": Case(
+        _23
+        + """g (float[2,S,6] x, float[2,2,P,4] xk, float[2,2,P,4] xv, float[6,4,4] w1, float[6,2,4] w2, float[6,2,4] w3,
+        float[4,4,2] w4) => (float[2,S,2] y, float[2,2,Q,4] k2, float[2,2,Q,4] v2)
+        { q = Einsum<equation="bsc,chd->bhsd">(x, w1)  k = Einsum<equation="bsc,chd->bhsd">(x, w2)
+        v = Einsum<equation="bsc,chd->bhsd">(x, w3)  a, k2, v2 = Attention(q, k, v, , xk, xv)
+        y = Einsum<equation="bhsd,hdo->bso">(a, w4) }""",
+        (2,),
+        {"S": 5, "P": 3},
+    ),
     "rotary positions, flat": Case(
         _23
         + """g (float[B,5,6] x, float[6,12] w1, float[6,12] w2, float[6,12] w3, float[9,2] c, float[9,2] s, float[12,2] w4,

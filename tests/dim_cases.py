@@ -97,6 +97,13 @@ CONVOLUTIONS = {
         { a = Conv(x, w1)  b = SpaceToDepth<blocksize=2>(a)  y = Conv(b, w2) }""",
         (5,),
     ),
+    "focus": Case(
+        """g (float[1,3,4,4] x, float[5,3,1,1] w1, float[2,20,1,1] w2) => (float[1,2,2,2] y)
+        <int64[2] i00 = {0,0}, int64[2] i01 = {0,1}, int64[2] i10 = {1,0}, int64[2] i11 = {1,1}, int64[2] e = {99,99},
+        int64[2] n = {2,3}, int64[2] d = {2,2}> { a = Conv(x, w1)  p = Slice(a, i00, e, n, d)  q = Slice(a, i01, e, n, d)
+        r = Slice(a, i10, e, n, d)  s = Slice(a, i11, e, n, d)  c = Concat<axis=1>(p, r, q, s)  y = Conv(c, w2) }""",
+        (5,),
+    ),
     "resize with sizes": Case(
         """g (float[1,3,4,4] x, float[5,3,1,1] w1, float[2,5,1,1] w2) => (float[1,2,8,8] y) <int64[4] i = {1,5,8,8}>
         { a = Conv(x, w1)  b = Resize<mode="nearest">(a, , , i)  y = Conv(b, w2) }""",

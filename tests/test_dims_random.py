@@ -111,3 +111,80 @@ def networks(draw: st.DrawFn) -> onnx.ModelProto:
 @given(networks())
 def test_random_networks(proto: onnx.ModelProto) -> None:
     assert soundness.findings(proto, [soundness.inputs(proto)]) == []
+
+
+class Arranger:
+    """A linear layer of heads and widths, rearranged at random with batch and length unknown, and a linear layer that reads it."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        self.draw, self.random = draw, np.random.default_rng(draw(st.integers(0, 99)))
+        self.nodes, self.weights = list[onnx.NodeProto](), list[onnx.TensorProto]()
+        self.sizes = {"B": 0, "S": 0, "H": draw(st.sampled_from([2, 3, 4])), "D": draw(st.sampled_from([2, 3, 4]))}
+
+    def add(self, op: str, inputs: list[str], **attributes: Any) -> str:
+        name = f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, [name], **attributes))
+        return name
+
+    def constant(self, values: np.ndarray) -> str:
+        self.weights.append(numpy_helper.from_array(values, f"w{len(self.weights)}"))
+        return self.weights[-1].name
+
+    def size(self, atoms: str) -> str:
+        """The product of the sizes of the atoms as a vector of one element, computed at run time where it must be."""
+        known = int(np.prod([self.sizes[a] for a in atoms if self.sizes[a]], dtype=np.int64))
+        size = self.constant(np.array([known], np.int64))
+        for atom in (a for a in atoms if not self.sizes[a]):
+            index = self.constant(np.array(["BS".index(atom)], np.int64))
+            size = self.add("Mul", [size, self.add("Gather", [self.add("Shape", ["x"]), index])])
+        return size
+
+    def reshape(self, source: str, groups: list[str]) -> str:
+        """Each group of atoms becomes an axis; one of them is sometimes left to be inferred."""
+        sizes = [self.size(g) for g in groups]
+        if self.draw(st.booleans()):
+            sizes[self.draw(st.integers(0, len(groups) - 1))] = self.constant(np.array([-1], np.int64))
+        return self.add("Reshape", [source, self.add("Concat", sizes, axis=0)])
+
+    def grouped(self, order: str) -> list[str]:
+        """The atoms in this order, cut into runs."""
+        cuts = [i for i in range(1, 4) if self.draw(st.booleans())]
+        return [order[a:b] for a, b in zip([0, *cuts], [*cuts, 4], strict=True)]
+
+    def model(self) -> onnx.ModelProto:
+        width = self.sizes["H"] * self.sizes["D"]
+        first = self.constant(self.random.normal(size=(5, width)).astype(np.float32))
+        tensor, order = self.add("MatMul", ["x", first]), "BSHD"
+        for _ in range(self.draw(st.integers(1, 4))):
+            tensor = self.reshape(tensor, list(order))
+            perm = list(self.draw(st.permutations(range(4))))
+            tensor = self.add("Transpose", [tensor], perm=perm)
+            order = "".join(order[i] for i in perm)
+            groups = self.grouped(order)
+            tensor = self.add(self.draw(st.sampled_from(["Neg", "Sigmoid"])), [self.reshape(tensor, groups)])
+            if self.sizes[groups[-1][0]] and self.draw(st.booleans()):
+                bias = self.random.normal(size=int(np.prod([self.sizes[a] or 1 for a in groups[-1]]))).astype(np.float32)
+                if all(self.sizes[a] for a in groups[-1]):
+                    tensor = self.add("Add", [tensor, self.constant(bias)])
+        tensor = self.reshape(tensor, list(order))
+        tensor = self.add("Transpose", [tensor], perm=[order.index(a) for a in "BSHD"])
+        tensor = self.reshape(tensor, ["B", "S", "HD"])
+        self.nodes.append(
+            helper.make_node("MatMul", [tensor, self.constant(self.random.normal(size=(width, 3)).astype(np.float32))], ["y"])
+        )
+        x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["B", "S", 5])
+        y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["B", "S", 3])
+        graph = helper.make_graph(self.nodes, "g", [x], [y], self.weights)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+@st.composite
+def arrangements(draw: st.DrawFn) -> onnx.ModelProto:
+    return Arranger(draw).model()
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(arrangements())
+def test_random_arrangements(proto: onnx.ModelProto) -> None:
+    feeds = [soundness.inputs(proto, symbols=sizes) for sizes in ({"B": 2, "S": 3}, {"B": 3, "S": 2})]
+    assert soundness.findings(proto, feeds) == []
