@@ -59,7 +59,7 @@ def reshape(site: Site) -> Result:
     x, source, target = site.axes(), site.shape(), site.out_shape()
     found = blocks(source, target) if source is not None else None
     if found is None:
-        raise PinError("Reshape of an empty tensor")
+        raise PinError("Reshape of an empty tensor" if source else f"rank of '{site.node.inputs[0].name}' is unknown")
     y: Axes = [ONE] * len(target)
     for mine, theirs in found:
         made = _block(site, [x[i] for i in mine], [target[i] for i in theirs], [source[i] for i in mine] if source else [])

@@ -76,12 +76,20 @@ def _fused_matmul(site: Site) -> list[Typed]:
     return [(_dtype(site), None if batch is None else (*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else ())))]
 
 
+def _simplified_layer_normalization(site: Site) -> list[Typed]:
+    """As ONNX's RMSNormalization, and the inverse deviation."""
+    x = site.shape()
+    return [(_dtype(site), x), (np.dtype(np.float32), None if x is None else (*x[:-1], 1))]
+
+
 CONTRIB_RULES: dict[str, ContribRule] = {
+    "SimplifiedLayerNormalization": _simplified_layer_normalization,  # which onnxruntime has in ONNX's domain
     "com.microsoft::Attention": _attention,
     "com.microsoft::EmbedLayerNormalization": _embed_layer_normalization,
     "com.microsoft::FusedMatMul": _fused_matmul,
     "com.microsoft::GroupQueryAttention": _group_query_attention,
     "com.microsoft::MultiHeadAttention": _multi_head_attention,
+    "com.microsoft::SimplifiedLayerNormalization": _simplified_layer_normalization,
     "com.microsoft::SkipLayerNormalization": _skip_layer_normalization,
     "com.microsoft::SkipSimplifiedLayerNormalization": _skip_layer_normalization,
 }

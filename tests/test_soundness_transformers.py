@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import shape_truth
 import soundness
 import zoo
 from attention_cases import ATTENTION, PACKED
@@ -15,6 +16,7 @@ from graphopt.dims import couple, groups
 from graphopt.kinds import kind_of
 from graphopt.model import Model, load
 from graphopt.removal import remove
+from graphopt.shapes import shapes
 
 MODELS = Path(__file__).parent / "models"
 SIZES = ({"batch": 2, "seq": 5, "seq2": 4}, {"batch": 3, "seq": 4, "seq2": 6})
@@ -43,6 +45,44 @@ def test_an_export(name: str) -> None:
     proto = onnx.load(path)
     feeds = [soundness.inputs(proto, symbols=sizes) for sizes in SIZES[: 1 if name == TRACED else 2]]
     assert soundness.findings(proto, feeds) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert_torchscript",
+        "gpt2_dynamo18",
+        "llama_dynamo18",
+        "seq2seq_dynamo18",
+        "swin_torchscript",
+        "t5_torchscript",
+        "vit_dynamo23",
+    ],
+)
+def test_an_export_as_onnxruntime_saves_it(name: str, tmp_path: Path) -> None:
+    """Optimised for the CPU: FusedMatMul, BiasGelu, FastGelu, SkipLayerNormalization, SimplifiedLayerNormalization."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "saved.onnx"), 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(str(MODELS / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
+    assert kinds(load(tmp_path / "saved.onnx")) == FOUND[name.split("_")[0]]
+    proto = onnx.load(tmp_path / "saved.onnx")
+    assert soundness.findings(proto, [soundness.inputs(proto, symbols=SIZES[0])]) == []
+
+
+@pytest.mark.parametrize("name", ["bert_fused", "gpt2_fused", "llama_fused_dynamo", "llama_sdpa_dynamo23", "vit_fused"])
+def test_shapes_of_fused_operators(name: str) -> None:
+    model = load(MODELS / f"{name}.onnx")
+    assert shape_truth.lies(model, soundness.inputs(model.proto(), symbols=SIZES[0])) == []
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_shapes_of_layouts(name: str) -> None:
+    model = load(soundness.model(ATTENTION[name].text))
+    assert shape_truth.lies(model, soundness.inputs(model.proto(), symbols=ATTENTION[name].symbols)) == []
+    assert all(shapes(model).shape(t.name) is not None for n in model.nodes() for t in n.outputs[:1])
 
 
 @pytest.mark.parametrize("name", ATTENTION)
