@@ -71,14 +71,12 @@ def reshape(site: Site) -> Result:
 
 def hold_unknown(site: Site, y: Axes, index: int = 1) -> None:
     """The size of a dynamic axis that may shrink is scaled by the repair, for which it must be known what the size is."""
-    target, offset = site.out_shape(), 0
     if not site.has(index) or isinstance(site.node.inputs[index], gs.Constant):
         return
-    values = site.dims.shapes.value(site.node.inputs[index].name) or ()
-    offset = len(target) - len(values)
-    for axis, labels in enumerate(y):
-        known = axis < offset if values else False
-        if labels.size > 1 and not isinstance(target[axis], int) and not known and (not values or values[axis - offset] is None):
+    target, values = site.out_shape(), site.dims.shapes.value(site.node.inputs[index].name) or ()
+    known = [None] * (len(target) - len(values)) + list(values)  # Expand aligns to the right
+    for labels, size, value in zip(y, target, known, strict=True):
+        if labels.size > 1 and not isinstance(size, int) and value is None:
             site.pin(labels, "a size that is computed in a way that is not known")
 
 

@@ -11,11 +11,11 @@ from graphopt.attributes import op_key
 from graphopt.dims import Dims, Group, Slice
 
 Kind = Literal["heads", "neurons", "channels", "residual"]
-EXACT: tuple[Kind, ...] = ("heads", "neurons", "channels")
+KINDS: tuple[Kind, ...] = ("heads", "neurons", "channels")  # those whose removal is exact
 
 _PRODUCTS = frozenset({"MatMul", "com.microsoft::FusedMatMul"})
 _MATRICES = frozenset(
-    {"Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN", "com.microsoft::FusedGemm", "com.microsoft::FusedMatMul"}
+    "Einsum GRU Gemm LSTM MatMul RNN com.microsoft::Attention com.microsoft::FusedGemm com.microsoft::FusedMatMul".split()
 )  # that make neurons of what they read and write
 # ops that attend -> the axis of the heads, by the rank of the tensor
 _ATTENTION: dict[str, Mapping[int, int]] = {
@@ -42,16 +42,21 @@ def kind_of(group: Group, dims: Dims, tensors: Mapping[str, gs.Tensor]) -> Kind:
 
 
 def _is_head_axis(place: Slice, dims: Dims, tensors: Mapping[str, gs.Tensor]) -> bool:
-    tensor, rank = tensors.get(place.tensor), len(dims.labels(place.tensor) or ())
+    tensor, rank = tensors.get(place.tensor), len(dims.axes.get(place.tensor) or ())
     for node in (*tensor.inputs, *tensor.outputs) if tensor is not None else ():
         op = op_key(node)
-        if _ATTENTION.get(op, {}).get(rank) == place.axis:
+        if _ATTENTION.get(op, {}).get(rank) == place.axis and (rank > 3 or _in_runs(place)):
             return True
         if op == "Einsum" and _is_batch_letter(node, tensor, place.axis):
             return True
         if op in _PRODUCTS and place.axis < rank - 2 and not any(isinstance(t, gs.Constant) for t in node.inputs):
             return True
     return False
+
+
+def _in_runs(place: Slice) -> bool:
+    """Whether neighbouring indices go together, as the features of a head do where heads and features share an axis."""
+    return bool(((place.labels[1:] == place.labels[:-1]) & (place.labels[1:] > 0)).any())
 
 
 def _is_batch_letter(node: gs.Node, tensor: gs.Tensor | None, axis: int) -> bool:

@@ -20,7 +20,7 @@ from graphopt.dims import Dims, Group, couple, groups
 from graphopt.errors import OptionError, PassError
 from graphopt.groups_view import names_of, nodes_of, pinned, summarized
 from graphopt.inspect import is_quantized, quantization
-from graphopt.kinds import EXACT, Kind, kind_of
+from graphopt.kinds import KINDS, Kind, kind_of
 from graphopt.layers import Layer, find_layers
 from graphopt.model import Model
 from graphopt.proto import subgraphs, walk
@@ -60,7 +60,7 @@ class Request:
     """
 
     name: str
-    kinds: tuple[Kind, ...] = EXACT
+    kinds: tuple[Kind, ...] = KINDS
     ratio: float | None = None
     macs: float | None = None
     params: float | None = None
@@ -112,7 +112,9 @@ def plan_groups(model: Model, context: Context, wanted: Request) -> tuple[np.nda
     plan = _plan(scene, candidates, goal, wanted)
     loose = [replace(c, step=1) for c in candidates]
     facts = _facts(model, dims, scene, candidates, plan, _plan(scene, loose, goal, wanted))
-    facts["removed"] = _removed(model, dims, chosen, candidates, scores, plan)
+    facts["removed"] = removed = _removed(model, dims, chosen, candidates, scores, plan)
+    if "residual" in wanted.kinds:
+        facts["approximate"] = [row["group"] for row in removed if row["kind"] == "residual"]
     labels = [g.units[c.order[:k]] for g, c, k in zip(chosen, candidates, plan, strict=True) if k]
     return np.concatenate([np.empty(0, np.int64), *labels]), facts
 

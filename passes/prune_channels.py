@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from graphopt.context import Context
-from graphopt.kinds import EXACT
+from graphopt.kinds import KINDS
 from graphopt.model import Model
 from graphopt.prune import Request, prune_groups
 from graphopt.registry import register
@@ -49,7 +49,7 @@ def prune_channels(
     """
     wanted = Request(
         NAME,
-        kinds=(*EXACT, "residual") if residual else EXACT,
+        kinds=(*KINDS, "residual") if residual else KINDS,
         ratio=ratio,
         macs=macs,
         params=params,

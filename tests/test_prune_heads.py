@@ -113,6 +113,16 @@ def test_no_heads_is_nothing_to_do() -> None:
         prune_heads(model, context, macs=0.5)
 
 
+def test_what_feeds_an_attention_is_no_head() -> None:
+    """Eight features of a layer before, three heads, four features of the values of the only head."""
+    text = """<ir_version: 10, opset_import: ["" : 17, "com.microsoft" : 1]>
+    g (float[B,5,6] x, float[6,8] w0, float[8,36] w1, float[12,8] w2, float[8,12] w3, float[4,2] w4) => (float[B,5,2] y)
+    { a = MatMul(x, w0)  b = com.microsoft.Attention<num_heads=3>(a, w1)  c = MatMul(b, w2)
+    d = com.microsoft.Attention<num_heads=1>(c, w3)  y = MatMul(d, w4) }"""
+    found = view(load(soundness.model(text)), round_to=1).groups
+    assert sorted((g.kind, g.units) for g in found) == [("heads", 3), ("neurons", 4), ("neurons", 8), ("neurons", 8)]
+
+
 def test_errors_name_the_pass() -> None:
     model, context = prepared("moe_dynamo18")
     with pytest.raises(OptionError, match="prune-neurons: unknown criterion 'l3'"):
@@ -128,6 +138,7 @@ def test_the_residual_stream_goes_only_where_asked_for() -> None:
     model.verify()
     kinds = {r["kind"]: len(r["removed"]) for r in context.facts["removed"]}
     assert kinds == {"residual": 4, "neurons": 4}
+    assert context.facts["approximate"] == [r["group"] for r in context.facts["removed"] if r["kind"] == "residual"]
     assert tuple(model.tensors()["words.weight"].shape) == (40, 12)
     assert run(model).shape == (2, 5, 40)
     assert {g.kind for g in view(load(MODELS / "llama_dynamo18.onnx"), round_to=1).groups} == {"heads", "neurons"}
