@@ -83,13 +83,22 @@ def prune_groups(model: Model, context: Context, wanted: Request) -> int:
     labels, facts = plan_groups(model, context, wanted)
     context.facts.update(facts)
     if labels.size:
-        cut(model, context, labels)
+        cut(model, context, labels, _dims(model, context, wanted))
     return len(labels)
 
 
-def cut(model: Model, context: Context, labels: np.ndarray) -> None:
+def couple_streams(model: Model) -> Dims:
+    """`couple` with the features under a LayerNormalization free."""
+    return couple(model, residual=True)
+
+
+def _dims(model: Model, context: Context, wanted: Request) -> Dims:
+    return context.get(couple_streams if "residual" in wanted.kinds else couple, model)
+
+
+def cut(model: Model, context: Context, labels: np.ndarray, dims: Dims | None = None) -> None:
     """Remove these units, and remember what the model was and what of it is left, for repair."""
-    dims = context.get(couple, model)
+    dims = dims or context.get(couple, model)
     baseline = context.remember(model)
     if baseline is not None:
         baseline.narrow(kept_masks(dims, labels))
@@ -103,7 +112,7 @@ def plan_groups(model: Model, context: Context, wanted: Request) -> tuple[np.nda
         raise OptionError(f"{wanted.name}: round_to and minimum must be at least 1, not {wanted.round_to} and {wanted.minimum}")
     score = find_criterion(wanted.criterion, wanted.name)
     _refuse_quantized(model, wanted.name)
-    dims = couple(model, residual=True) if "residual" in wanted.kinds else context.get(couple, model)
+    dims = _dims(model, context, wanted)
     chosen = _choose(model, context, dims, wanted)
     scene = _scene(model, context, dims, chosen)
     scores = score(model, context, chosen) if chosen else []

@@ -65,6 +65,7 @@ def prune_blocks(
         if best is None or not math.isfinite(scores[best]):
             raise PassError(NAME, _unreachable(blocks, macs, model, before, len(removed)))
         removed.append({"block": found[best].name, "score": _short(scores[best]), "nodes": len(found[best].inner) + 1})
+        context.remember(model)
         bypass_block(found[best])
         remove_dead(model)
     context.facts.update({"removed": removed, "macs": [before, costs(model).counted_macs]})
