@@ -74,6 +74,7 @@ def targets(model: Model, baseline: Baseline) -> list[Target]:
     was = {layer.node: layer for layer in find_layers(baseline.model)[0]}
     now = {layer.node: layer for layer in find_layers(model)[0] if layer.node in was}
     moved = _moved(model, baseline)
+    read = {n.name: [t.name for t in n.inputs] for n in baseline.model.graph.nodes}
     depth: dict[str, int] = {}
     wrong: set[str] = set()
     found: list[tuple[Layer, int]] = []
@@ -81,7 +82,8 @@ def targets(model: Model, baseline: Baseline) -> list[Target]:
         reads = [t.name for t in node.inputs if t.name]
         level = max((depth.get(name, 0) for name in reads), default=0)
         layer = now.get(node.name)
-        stale = any(name in wrong for name in reads)
+        rewired = [t.name for t in node.inputs if not isinstance(t, gs.Constant) and t.name not in read.get(node.name, ())]
+        stale = bool(rewired) or any(name in wrong for name in reads)
         if layer is not None:
             lost = baseline.indices(layer.weight, layer.in_axis) is not None and layer.groups == 1
             stale = stale or lost or layer.weight in moved

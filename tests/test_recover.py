@@ -16,6 +16,7 @@ from graphopt.errors import DataError, OptionError, PassError
 from graphopt.evaluate import score
 from graphopt.feeds import input_specs
 from graphopt.model import Model, from_proto, load
+from graphopt.passes.prune_blocks import prune_blocks
 from graphopt.passes.prune_channels import prune_channels
 from graphopt.passes.prune_search import prune_search
 from graphopt.passes.recover import recover
@@ -111,6 +112,17 @@ def test_the_sum_behind_a_residual_block_is_the_target() -> None:
     before = np.square(outputs(model) - expected).mean()
     recover(model, context)
     assert np.square(outputs(model) - expected).mean() < 0.5 * before
+
+
+def test_what_follows_a_block_left_out_is_refitted() -> None:
+    model = weighted(NET, **SIZES)
+    expected, context = outputs(model), rows(model, 128)
+    assert prune_blocks(model, context, blocks=1) == 1
+    model.sort()
+    context.drop()
+    before = np.square(outputs(model) - expected).mean()
+    assert recover(model, context) > 0
+    assert np.square(outputs(model) - expected).mean() < before
 
 
 def test_nothing_to_repair_changes_nothing() -> None:
