@@ -51,11 +51,15 @@ class Context:
         self._cached = {name: value for name, value in self._cached.items() if name in keep}
 
     def remember(self, model: Model) -> Baseline | None:
-        """Before a removal: the model as it is, unless an earlier removal has been remembered; None where nothing will repair."""
+        """Before a removal: the model as it is, unless an earlier removal has been remembered.
+
+        None where nothing will repair, and for models over 2 GB, which cannot be run in pieces.
+        """
         if self.baseline is None and self.keep_baseline:
             from graphopt.baseline import snapshot
+            from graphopt.external import LIMIT
 
-            self.baseline = snapshot(model)
+            self.baseline = snapshot(model) if model.weight_bytes() <= LIMIT else None
         return self.baseline
 
     def reject(self, node: gs.Node, reason: str) -> None:

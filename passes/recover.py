@@ -24,7 +24,7 @@ def recover(model: Model, context: Context, *, mode: Literal["auto", "matched", 
     sparse weights stay zeros.
     """
     if context.baseline is None:
-        context.facts["skipped"] = "nothing was removed before it in this pipeline"
+        context.facts["skipped"] = "nothing was removed before it in this pipeline, or the model is over 2 GB"
         return 0
     found = repair_best(model, context.baseline, context, MODES if mode == "auto" else (mode,))
     context.facts.update(
