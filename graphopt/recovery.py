@@ -346,7 +346,10 @@ class Outcome:
 
 
 def repair_best(model: Model, baseline: Baseline, context: Context, modes: Sequence[Mode] = MODES) -> Outcome:
-    """Of these modes, and no repair, what brings the outputs nearest to the baseline's on held-out rows; then on all rows."""
+    """Of these modes, and no repair, what brings the outputs nearest to the baseline's on held-out rows; then on all rows.
+
+    Of a single way there is nothing to choose: it is fitted on all rows at once, and only judged against no repair.
+    """
     if context.calibration is None:
         raise PassError("recover", "needs calibration data: give --calib PATH (or calibration=...)")
     found = targets(model, baseline)
@@ -354,13 +357,17 @@ def repair_best(model: Model, baseline: Baseline, context: Context, modes: Seque
     before = error(truth, outputs_of(model, truth))
     errors: dict[Way, float] = {}
     ways = [(mode, mirror) for mode in modes for mirror in sorted({False, mirrorable(context.calibration)})] if found else []
+    patch = Patch()
     for mode, mirror in ways:
         copy = from_proto(model.proto())
-        apply(copy, repair(model, baseline, context, found, mode, held_too=False, mirrored=mirror))
+        patch = repair(model, baseline, context, found, mode, held_too=len(ways) == 1, mirrored=mirror)
+        apply(copy, patch)
         errors[mode, mirror] = error(truth, outputs_of(copy, truth))
     best = min(errors, key=lambda w: errors[w], default=None)
     if best is None or errors[best] >= before:
         return Outcome(Patch(), None, before, errors)
+    if len(ways) == 1:
+        return Outcome(patch, best, before, errors)
     return Outcome(repair(model, baseline, context, found, best[0], mirrored=best[1]), best, before, errors)
 
 

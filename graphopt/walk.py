@@ -22,6 +22,7 @@ from graphopt.runtime import run, session
 
 Values = dict[str, np.ndarray]
 BUDGET = 1 << 30  # bytes of waiting values held in memory; the rest lies in temporary files
+_LARGE = 1 << 26  # bytes of weights from which a model runs on all cores: small ones lose more to waiting than they win
 _STEP = 64 << 20  # bytes of inputs a batch should stay below
 
 
@@ -125,6 +126,7 @@ class Walk:
         self._nodes = list(self._proto.graph.node)
         self._reads = [[n for n in _reads(node) if n and n not in self._weights] for node in self._nodes]
         self._members = self._schedule()
+        self._threads = 0 if model.weight_bytes() > _LARGE else 1
         self._session: tuple[int, object, list[str], list[str]] | None = None
 
     def set_weight(self, name: str, values: np.ndarray) -> None:
@@ -176,7 +178,7 @@ class Walk:
         graph.output.extend(onnx.ValueInfoProto(name=n) for n in outputs)
         piece = onnx.ModelProto(ir_version=self._proto.ir_version, opset_import=self._proto.opset_import, graph=graph)
         piece.functions.extend(self._proto.functions)
-        return stage, session(piece), fed, outputs
+        return stage, session(piece, threads=self._threads), fed, outputs
 
     def _kept(self, stage: int) -> set[str]:
         return self._needed_after(stage) | set(self._stages[stage])
