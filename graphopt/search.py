@@ -98,16 +98,12 @@ def _carried_out(model: Model, baseline: Baseline, context: Context, wanted: Req
     copy = from_proto(model.proto())
     own = Context(context.calibration, context.target, baseline=baseline.copy())
     whole = _size(model, context, wanted)
-    units, total, facts = 0, 0, dict[str, object]()
+    units, total, facts, removed = 0, 0, dict[str, object](), list[dict[str, object]]()
     for step in range(1, recipe.steps + 1):
         first = step == 1
         if not first:
-            apply(
-                copy,
-                repair(
-                    copy, _own(own), own, targets(copy, _own(own)), MODES[0], held_too=False, mirrored=mirrorable(own.calibration)
-                ),
-            )
+            images = mirrorable(own.calibration)
+            apply(copy, repair(copy, _own(own), own, targets(copy, _own(own)), MODES[0], held_too=False, mirrored=images))
             own.drop()
         part = _part(asked, step / recipe.steps, whole / _size(copy, own, wanted), units, total)
         labels, facts = plan_groups(model if first else copy, context if first else own, part)
@@ -115,9 +111,11 @@ def _carried_out(model: Model, baseline: Baseline, context: Context, wanted: Req
             cut(copy, own, labels)
             copy.sort()
             own.drop()
+        rows = facts["removed"] if isinstance(facts["removed"], list) else []
+        removed += [{**row, "step": step} for row in rows] if recipe.steps > 1 else rows
         total = total or int(str(facts["units"]))
         units += len(labels)
-    return Tried(recipe, MODES[0], False, float("inf"), copy, _own(own), units, facts)
+    return Tried(recipe, MODES[0], False, float("inf"), copy, _own(own), units, {**facts, "removed": removed})
 
 
 def _own(context: Context) -> Baseline:
