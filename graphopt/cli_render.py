@@ -13,6 +13,15 @@ from rich.padding import Padding
 from rich.table import Table
 
 from graphopt.cli_compiled import region_lines
+from graphopt.cli_tables import console as _console
+from graphopt.cli_tables import count as _count
+from graphopt.cli_tables import listing as _listing
+from graphopt.cli_tables import ms as _ms
+from graphopt.cli_tables import percent as _percent
+from graphopt.cli_tables import plural as _plural
+from graphopt.cli_tables import print_table as _print_table
+from graphopt.cli_tables import size as _size
+from graphopt.cli_tables import table as _table
 
 if TYPE_CHECKING:
     from graphopt.compare import OutputDifference
@@ -23,62 +32,8 @@ if TYPE_CHECKING:
     from graphopt.report import ModelRow, PassRow, QualityRow, Report
     from graphopt.targets import Target
 
-_UNBOUNDED = 10_000  # columns
 _NODES = "nodes: QuantizeLinear and DequantizeLinear are counted; they vanish where the runtime computes in INT8"
 _SHOWN = 3  # outputs named on the screen; the report has all
-
-
-def _console(*, wrap: bool = True) -> Console:
-    """A terminal's own width; files and pipes get one so large that a row stays one line. Without `wrap` lines stay whole."""
-    console = Console(highlight=False, soft_wrap=not wrap)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=not wrap, width=_UNBOUNDED)
-
-
-def _table(*columns: str, first: str = "") -> Table:
-    """One column of names, the others of figures."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(first, overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _listing(*columns: str) -> Table:
-    """Columns of text; without names there is no header."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(columns))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _print_table(console: Console, table: Table) -> None:
-    """Rows are padded to the table's width, which is noise in a file."""
-    if console.is_terminal:
-        console.print(table)
-        return
-    with console.capture() as captured:
-        console.print(table)
-    console.print("\n".join(line.rstrip() for line in captured.get().splitlines()), markup=False)
-
-
-def _plural(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def _ms(value: float) -> str:
-    return f"{value:.3f} ms"
-
-
-def _size(value: int) -> str:
-    return f"{value / 1e6:.2f} MB" if value >= 100_000 else f"{value / 1e3:.1f} kB"
-
-
-def _count(value: int) -> str:
-    return f"{value / 1e6:,.2f} M" if value >= 1_000_000 else f"{value:,}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %"
 
 
 _FIGURES: tuple[tuple[str, Callable[[ModelRow], Any], Callable[[Any], str]], ...] = (

@@ -9,11 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 SCHEMA_VERSION = 1
 
 
-class _Row(BaseModel):
+class Row(BaseModel):
+    """Part of a report: fixed once made, and without fields that the schema does not name."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class RejectionRow(_Row):
+class RejectionRow(Row):
     """Matches that a pass left alone."""
 
     reason: str
@@ -22,7 +24,7 @@ class RejectionRow(_Row):
     example: str = Field(description="name of one such node")
 
 
-class PassRow(_Row):
+class PassRow(Row):
     """One run of one pass."""
 
     name: str
@@ -37,7 +39,7 @@ class PassRow(_Row):
     facts: dict[str, Any] = Field(description="what the pass tells of itself")
 
 
-class LatencyRow(_Row):
+class LatencyRow(Row):
     """Interleaved with the other model in one process."""
 
     p50_ms: float
@@ -47,7 +49,7 @@ class LatencyRow(_Row):
     threads: int
 
 
-class ModelRow(_Row):
+class ModelRow(Row):
     """One model, measured."""
 
     path: str | None
@@ -61,7 +63,7 @@ class ModelRow(_Row):
     peak_memory_bytes: int | None = Field(description="by which loading and running raises a fresh process's peak")
 
 
-class QualityRow(_Row):
+class QualityRow(Row):
     """The two models on the same evaluation rows."""
 
     metric: str
@@ -73,7 +75,7 @@ class QualityRow(_Row):
     p_value: float = Field(description="exact two-sided sign test on the rows that differ")
 
 
-class OutputRow(_Row):
+class OutputRow(Row):
     """How far one output moved on the rows that `compared_on` names."""
 
     name: str
@@ -85,7 +87,7 @@ class OutputRow(_Row):
     argmax_agreement: float | None
 
 
-class OperatorsRow(_Row):
+class OperatorsRow(Row):
     """graphopt's operators in the result, and the library written beside it."""
 
     regions: int = Field(description="nodes that run with graphopt's operators")
@@ -96,7 +98,7 @@ class OperatorsRow(_Row):
     library_bytes: int | None = None
 
 
-class Environment(_Row):
+class Environment(Row):
     """What the figures were measured with."""
 
     graphopt: str
@@ -105,6 +107,14 @@ class Environment(_Row):
     python: str
     cpu: str
     cpu_features: list[str]
+
+
+class Versioned(BaseModel):
+    """A whole document with a published schema."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
 
 
 class Report(BaseModel):
