@@ -144,7 +144,7 @@ def test_a_fixed_batch_is_said(tmp_path: Path, digits: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--provider", "Abacus"), "unknown provider 'Abacus'; this onnxruntime has CPUExecutionProvider"),
+        (("--provider", "Abacus"), "unknown provider 'Abacus'; this onnxruntime has "),
         (("--batch", "0"), "at least 1"),
         (("--threads", "two"), "not a list of whole numbers"),
     ],
