@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from graphopt.cli_audit import audit as audit_command
 from graphopt.cli_bench import bench as bench_command
 from graphopt.cli_compiled import prepare_library
 from graphopt.cli_compiled import run as run_command
@@ -345,6 +346,7 @@ def demo(output: Path, overwrite: bool) -> None:
 
 cli.add_command(run_command)
 cli.add_command(bench_command)
+cli.add_command(audit_command)
 
 
 def _echo_json(value: Any) -> None:

@@ -129,7 +129,7 @@ def inspect(model: Model, shapes: Shapes, *, denormals: bool = False, sizes: Map
     )
 
 
-_INTEGER_OPS = frozenset(
+INTEGER_OPS = frozenset(
     "ConvInteger MatMulInteger DynamicQuantizeLinear com.microsoft::DynamicQuantizeLSTM com.microsoft::DynamicQuantizeMatMul "
     "com.microsoft::MatMulIntegerToFloat com.microsoft::MatMulNBits com.microsoft::MatMulBnb4 com.microsoft::MatMulFpQ4 "
     "com.microsoft::GatherBlockQuantized com.microsoft::QMoE".split()
@@ -144,7 +144,7 @@ def quantization(model: Model) -> dict[str, int]:
         key = op_key(node)
         if key in _QDQ_OPS:
             found["QDQ nodes"] += 1
-        elif key in _INTEGER_OPS or node.op.startswith(("QLinear", "QGemm", "QAttention", "QEmbed")):
+        elif key in INTEGER_OPS or node.op.startswith(("QLinear", "QGemm", "QAttention", "QEmbed")):
             found[f"{key} nodes"] += 1
     for constant in weights(model):
         if is_quantized(constant):
