@@ -14,6 +14,7 @@ from graphopt.cli_audit import audit as audit_command
 from graphopt.cli_bench import bench as bench_command
 from graphopt.cli_compiled import prepare_library
 from graphopt.cli_compiled import run as run_command
+from graphopt.cli_evaluate import evaluate as evaluate_command
 from graphopt.errors import CheckError, GraphoptError, ModelError, OptionError
 
 if TYPE_CHECKING:
@@ -347,6 +348,7 @@ def demo(output: Path, overwrite: bool) -> None:
 cli.add_command(run_command)
 cli.add_command(bench_command)
 cli.add_command(audit_command)
+cli.add_command(evaluate_command)
 
 
 def _echo_json(value: Any) -> None:

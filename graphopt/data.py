@@ -129,6 +129,7 @@ class Dataset:
     inputs: tuple[InputSpec, ...]
     parts: tuple[_Arrays | _Feeds, ...]
     as_given: bool = False  # feeds are neither split nor joined
+    preprocessing: str | None = None  # SHA-256 of a declared preprocessing
 
     @property
     def rows(self) -> int | None:
@@ -192,7 +193,7 @@ def open_dataset(source: Any, inputs: Sequence[InputSpec]) -> Dataset:
     """
     specs = tuple(inputs)
     if isinstance(source, Dataset):
-        return Dataset(source.where, specs, source.parts, source.as_given)
+        return Dataset(source.where, specs, source.parts, source.as_given, source.preprocessing)
     if isinstance(source, str | os.PathLike):
         return _open_text(os.fspath(source), specs)
     if isinstance(source, Mapping):
@@ -233,9 +234,14 @@ def _open_text(text: str, inputs: tuple[InputSpec, ...]) -> Dataset:
         if not files:
             raise DataError(f"data '{text}': the folder holds no .npz or .npy file")
         return Dataset(where, inputs, tuple(_open_file(file, inputs, rows_optional=True) for file in files))
+    if path.is_file() and path.suffix == ".toml":
+        from graphopt.preprocess import declared
+
+        found = declared(path, inputs)
+        return Dataset(where, inputs, (_Feeds(where, found.make, found.rows),), preprocessing=found.digest)
     if path.is_file():
         if path.suffix not in _OPEN:
-            raise DataError(f"data '{text}': expected a .npz or .npy file, a folder of them, or module:function")
+            raise DataError(f"data '{text}': expected a .npz or .npy file, a folder of them, a .toml, or module:function")
         return Dataset(where, inputs, (_open_file(path, inputs, rows_optional=False),))
     module, colon, name = text.rpartition(":")
     if not (colon and module and name.isidentifier()):
