@@ -81,7 +81,8 @@ def _lines(name: str, found: SetRow) -> list[str]:
     lines = [f"{name}: {found.value:.4f} on {found.rows} rows of {found.data}"]
     if found.paired is not None:
         p = found.paired
-        lines.append(f"  base: {p.value:.4f}; difference {p.difference:+.4f} (95 % interval {p.low:+.4f} .. {p.high:+.4f})")
+        span = "" if p.low is None else f" (95 % interval {p.low:+.4f} .. {p.high:+.4f})"
+        lines.append(f"  base: {p.value:.4f}; difference {p.difference:+.4f}{span}")
         if p.lost is not None and p.won is not None:
             lines.append(
                 f"  lost {len(p.lost)}: {_some(p.lost)}; won {len(p.won)}: {_some(p.won)}; p = {p.p_value:.2g} (sign test)"

@@ -38,8 +38,8 @@ class PairedRow(Row):
     base: str
     value: float = Field(description="of the base")
     difference: float = Field(description="the model's figure less the base's")
-    low: float = Field(description="95 % interval of the difference, rows resampled together")
-    high: float
+    low: float | None = Field(description="95 % interval of the difference, rows resampled together; null: cannot be resampled")
+    high: float | None
     lost: list[int] | None = Field(description="rows on which the model is worse; null: the metric has no score for one row")
     won: list[int] | None
     p_value: float | None = Field(description="exact two-sided sign test on lost and won rows")
@@ -225,8 +225,10 @@ def _pair(base: str, mine: _Kept, theirs: _Kept, metric: Metric) -> PairedRow:
     return PairedRow(base=base, value=before, difference=after - before, low=low, high=high, lost=lost, won=won, p_value=p_value)
 
 
-def _difference(mine: _Kept, theirs: _Kept, metric: Metric) -> tuple[float, float]:
+def _difference(mine: _Kept, theirs: _Kept, metric: Metric) -> tuple[float, float] | tuple[None, None]:
     """95 % interval of the difference of the figures: the percentile bootstrap over rows, the same rows for both."""
+    if metric.whole:
+        return None, None
     random = np.random.default_rng(0)
     rows = len(mine.labels) // (2 if metric.pairs else 1)
     found = []
@@ -241,7 +243,7 @@ def _difference(mine: _Kept, theirs: _Kept, metric: Metric) -> tuple[float, floa
         except DataError:  # a resample of one class only
             continue
     if not found:
-        return float("nan"), float("nan")
+        return None, None
     low, high = np.percentile(found, (2.5, 97.5))
     return float(low), float(high)
 
@@ -255,7 +257,7 @@ def _has_classes(labels: np.ndarray) -> bool:
 
 def _by(groups: np.ndarray, mine: _Kept, base: _Kept | None, metric: Metric) -> list[GroupRow]:
     """The figure of each group; groups that have none (an AUC of one class) are left out."""
-    if metric.pairs:
+    if metric.pairs or metric.whole:
         return []
     made = []
     for group in np.unique(groups):

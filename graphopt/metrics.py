@@ -43,6 +43,7 @@ class Metric:
     score: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
     higher_is_better: bool = True
     pairs: bool = False  # two consecutive rows make one
+    whole: bool = False  # the user's own function of all rows: called once, and not on resamples
 
 
 def find_metric(name: str) -> Metric:
@@ -54,7 +55,7 @@ def find_metric(name: str) -> Metric:
         raise OptionError(f"unknown metric '{name}'; {suggest(name, [*ROW_METRICS, *METRICS])}, or module:function")
     judge = row_metric(name)
     if getattr(judge, "whole", False):
-        return Metric(name, _first_output, lambda kept, labels: float(np.asarray(judge([kept], labels))), None)
+        return Metric(name, _all_outputs, lambda kept, labels: float(np.asarray(judge(_restored(kept), labels))), None, whole=True)
 
     def keep(batch: Batch) -> np.ndarray:
         from graphopt.evaluate import _judged
@@ -69,8 +70,25 @@ def names() -> list[str]:
     return sorted({*ROW_METRICS, *METRICS})
 
 
-def _first_output(batch: Batch) -> np.ndarray:
-    return np.asarray(batch.outputs[0])
+def _all_outputs(batch: Batch) -> np.ndarray:
+    """One tuple a row of what every output holds for it; outputs without rows are left out."""
+    rows = np.empty(batch.rows, object)
+    whole = [o for o in batch.outputs if o.ndim and len(o) == batch.rows]
+    rows[:] = [tuple(o[i] for o in whole) for i in range(batch.rows)]
+    return rows
+
+
+def _restored(kept: np.ndarray) -> list[np.ndarray]:
+    """The outputs over all rows; one whose rows differ in shape from batch to batch becomes an array of objects."""
+    outputs = []
+    for parts in zip(*kept, strict=True):
+        if len({np.shape(p) for p in parts}) == 1:
+            outputs.append(np.stack(parts))
+            continue
+        ragged = np.empty(len(parts), object)
+        ragged[:] = list(parts)
+        outputs.append(ragged)
+    return outputs
 
 
 # ---- numbers against numbers

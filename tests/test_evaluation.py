@@ -44,6 +44,8 @@ def test_lost_and_won_rows(two: tuple[Path, Path]) -> None:
     assert (found.paired.lost, found.paired.won) == ([0, 1, 2, 3], [4, 5])
     assert found.paired.value == pytest.approx(4 / 6)
     assert found.paired.difference == pytest.approx(-2 / 6)
+    assert found.paired.low is not None
+    assert found.paired.high is not None
     assert found.paired.low <= found.paired.difference <= found.paired.high
     assert found.paired.p_value == pytest.approx(paired(np.array([1, 1, 1, 1, 0, 0]), np.array([0, 0, 0, 0, 1, 1])).p_value)
 
