@@ -15,6 +15,7 @@ from graphopt.cli_bench import bench as bench_command
 from graphopt.cli_compiled import prepare_library
 from graphopt.cli_compiled import run as run_command
 from graphopt.cli_evaluate import evaluate as evaluate_command
+from graphopt.cli_monitor import monitor as monitor_command
 from graphopt.cli_release import COMMANDS as RELEASE_COMMANDS
 from graphopt.errors import CheckError, GraphoptError, ModelError, OptionError
 
@@ -350,7 +351,7 @@ cli.add_command(run_command)
 cli.add_command(bench_command)
 cli.add_command(audit_command)
 cli.add_command(evaluate_command)
-for _command in RELEASE_COMMANDS:
+for _command in (monitor_command, *RELEASE_COMMANDS):
     cli.add_command(_command)
 
 
