@@ -47,7 +47,7 @@ def cli() -> None:
 @click.option("--metric", default="top1", show_default=True, help="top1, top5, binary, negative-mse or module:function.")
 @click.option("--check", is_flag=True, help="Compare the outputs before and after every exact pass.")
 @click.option("--target", default="ort-cpu", show_default=True, help="What the model will run on (see `graphopt targets`).")
-@click.option("--report", type=_PATH, help="Write the full report as JSON.")
+@click.option("--report", type=_PATH, help="Write the full report as JSON, or as a page where it ends in .html.")
 @click.option("--print-after", metavar="PASS", help="Print the graph after this pass, or after 'all' that changed something.")
 @click.option("--dump-after", type=_PATH, metavar="DIR", help="Save the model after every pass that changed something.")
 @click.option("--plugin", type=_PATH, multiple=True, help="A Python file that registers passes; may be repeated.")
@@ -187,7 +187,9 @@ def _write(result: Result, target: Path, report: Path | None, overwrite: bool, l
             named = {"library": library[0].name, "library_bytes": len(library[1])}
             result.report.operators = result.report.operators.model_copy(update=named)
     if report is not None:
-        emit.write_text(report, result.report.model_dump_json(indent=2) + "\n", overwrite=overwrite)
+        from graphopt.html_report import rendered
+
+        emit.write_text(report, rendered(result.report, report), overwrite=overwrite)
 
 
 @cli.command(short_help="What MODEL is made of, and what is already quantised.")

@@ -26,22 +26,41 @@ _OPS, _FINDINGS = 8, 12  # shown on the screen; --json and --nodes have all
 @click.option("--runs", type=click.IntRange(min=4), default=60, show_default=True, help="Profiled runs.")
 @click.option("--require", "wanted", multiple=True, metavar="KEY=N", help="int8=0.9, speed=1.1 or fallbacks=0; else exit code 2.")
 @click.option("--nodes", is_flag=True, help="Show every node with its kernel.")
+@click.option("--report", "page", type=_PATH, help="Write a page (.html), or the same as JSON.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing report.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def audit(model: Path, no_base: bool, base: Path | None, wanted: tuple[str, ...], nodes: bool, as_json: bool, **given: Any) -> None:
+def audit(
+    model: Path,
+    no_base: bool,
+    base: Path | None,
+    wanted: tuple[str, ...],
+    nodes: bool,
+    page: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Profile MODEL in onnxruntime on this machine: which kernel each node ended in, on which type, how long it takes, which
     quantised nodes ran in float all the same, and why.
 
     Exit codes: 0 done, 1 user error, 2 the model falls short of a --require.
     """
+    from graphopt import emit
     from graphopt.auditing import audit as look
     from graphopt.auditing import require
     from graphopt.errors import OptionError
 
     if no_base and base is not None:
         raise OptionError("give --base or --no-base, not both")
+    if page is not None:
+        emit.check_target(page, overwrite=overwrite)
     with progress() as shown:
         shown("audit", 0, 0)
         report = look(model, base=False if no_base else base, **given)
+    if page is not None:
+        from graphopt.html_report import rendered
+
+        emit.write_text(page, rendered(report, page), overwrite=overwrite)
     if as_json:
         click.echo(report.model_dump_json(indent=2))
     else:

@@ -62,6 +62,18 @@ def test_the_readmes_commands_work(cli: Run, digits: Path, tmp_path: Path, monke
     assert (tmp_path / "model.int8.onnx").exists()
 
 
+def test_the_workflows_commands_work(cli: Run, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, source in (("model.onnx", "digits.onnx"), ("calib.npz", "digits_calib.npz"), ("eval.npz", "digits_eval.npz")):
+        shutil.copyfile(digits / source, tmp_path / name)
+    workflow = blocks(ROOT / "docs" / "ci.md", "yaml")[0]
+    monkeypatch.chdir(tmp_path)
+    lines = [line.partition("run: ")[2] for line in workflow.splitlines() if "run: graphopt" in line]
+    for line in lines:
+        code, _, err = cli(*shlex.split(line)[1:])
+        assert (code, err) == (0, ""), line
+    assert len(lines) == 5
+
+
 def test_setup_is_two_commands_and_ci_runs_the_same() -> None:
     setup = (ROOT / "README.md").read_text().partition("## Set up")[2].partition("## Use")[0]
     commands = [line for line in "\n".join(re.findall(r"```bash\n(.*?)```", setup, re.DOTALL)).splitlines() if line]
