@@ -349,11 +349,7 @@ def demo(output: Path, overwrite: bool) -> None:
     show_demo(stages)
 
 
-cli.add_command(run_command)
-cli.add_command(bench_command)
-cli.add_command(audit_command)
-cli.add_command(evaluate_command)
-for _command in (monitor_command, *RELEASE_COMMANDS):
+for _command in (run_command, bench_command, audit_command, evaluate_command, monitor_command, *RELEASE_COMMANDS):
     cli.add_command(_command)
 
 

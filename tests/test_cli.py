@@ -16,7 +16,10 @@ from graphopt.model import load
 from graphopt.report import Report
 
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = ("optimize", "inspect", "groups", "compare", "diff", "bisect", "passes", "presets", "targets", "demo")
+COMMANDS = (
+    *("optimize", "inspect", "groups", "compare", "diff", "bisect", "passes", "presets", "targets", "demo"),
+    *("bench", "audit", "evaluate", "monitor", "release", "log", "show", "verify", "rollback"),
+)
 
 
 def test_help_is_fast_and_lists_every_command() -> None:
