@@ -98,8 +98,8 @@ class Result:
 
 
 @dataclass
-class _Costs:
-    """A hook that notes parameters, MACs and bytes after every change."""
+class PassRows:
+    """A hook that makes the report's rows, with parameters, MACs and bytes after every change."""
 
     context: Context
     last: Figures
@@ -171,14 +171,14 @@ def optimize_with(source: str | Path | onnx.ModelProto | Model, settings: Settin
     began = time.perf_counter()
     steps = settings.steps()  # every name and option is checked before any work
     target = find_target(settings.target)
-    original = _copy(source)
-    work = _copy(source)
-    calibration = _dataset(settings.calibration, original)
-    evaluation = _dataset(settings.evaluation, original)
-    scored = _score_original(original, evaluation, settings)
+    original = copied(source)
+    work = copied(source)
+    calibration = dataset_of(settings.calibration, original)
+    evaluation = dataset_of(settings.evaluation, original)
+    scored = score_original(original, evaluation, settings)
     context = Context(calibration, target, settings.progress, settings.here)
     start = figures(work, context)
-    counter, failure, checked = _Costs(context, start), None, 0
+    counter, failure, checked = PassRows(context, start), None, 0
     hooks: list[Hook] = [counter, *settings.hooks]
     if settings.check:
         from graphopt.hooks import NumericCheck
@@ -203,15 +203,17 @@ def optimize_with(source: str | Path | onnx.ModelProto | Model, settings: Settin
     return Result(work, report, failure)
 
 
-def _copy(source: str | Path | onnx.ModelProto | Model) -> Model:
+def copied(source: str | Path | onnx.ModelProto | Model) -> Model:
+    """A model of its own: loaded, or a copy of the one given."""
     if not isinstance(source, Model):
         return load(source)
-    copied = from_proto(source.proto())
-    copied.path = source.path
-    return copied
+    copy = from_proto(source.proto())
+    copy.path = source.path
+    return copy
 
 
-def _dataset(source: Any, model: Model) -> Dataset | None:
+def dataset_of(source: Any, model: Model) -> Dataset | None:
+    """Rows for the model's inputs, from whatever the user named; None for None."""
     if source is None:
         return None
     from graphopt.data import open_dataset
@@ -220,7 +222,7 @@ def _dataset(source: Any, model: Model) -> Dataset | None:
     return open_dataset(source, input_specs(model.interface()))
 
 
-def _score_original(original: Model, evaluation: Dataset | None, settings: Settings) -> np.ndarray | None:
+def score_original(original: Model, evaluation: Dataset | None, settings: Settings) -> np.ndarray | None:
     """The original's score of every row, taken first: rows, labels and metrics that do not fit are found before any work."""
     from graphopt.evaluate import metric, score
     from graphopt.runtime import runnable, session
@@ -297,7 +299,7 @@ def _report(
     return Report(
         environment=environment(),
         source=str(original.path) if original.path else None,
-        source_sha256=_sha256(original.path) if original.path else None,
+        source_sha256=file_digest(original.path) if original.path else None,
         target=settings.target,
         pipeline=_pipeline_text(settings, steps),
         calibration=f"{calibration.where}, sha256 {calibration.digest()}" if calibration is not None else None,
@@ -321,7 +323,8 @@ def _unused(data: Dataset | None) -> list[str]:
     return [f"calibration data: {names} are no inputs of the model and were not read"] if names else []
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of the file, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -347,8 +350,8 @@ def bisect(
     from graphopt.targets import find_target
 
     steps = parse(passes)
-    work = _copy(model)
-    dataset = _dataset(calibration, work)
+    work = copied(model)
+    dataset = dataset_of(calibration, work)
     check = NumericCheck(check_feeds(work, dataset, CHECK_ROWS), tolerance, every=True)
     _start(check, work, dataset)
     run(work, steps, Context(dataset, find_target(target), progress), [check])

@@ -21,7 +21,7 @@ class Baseline:
 
     model: Model
     kept: Kept = field(default_factory=dict)
-    _held: tuple[int, Answers] | None = None
+    _held: dict[int, Answers] = field(default_factory=dict)  # of the model, whatever went since: copies share it
 
     def narrow(self, masks: Mapping[str, Mapping[int, np.ndarray]]) -> None:
         """Record a removal: of each tensor and axis, which of the indices that were left stay (`removal.kept`)."""
@@ -36,9 +36,10 @@ class Baseline:
 
     def held(self, data: Dataset) -> Answers:
         """What the baseline answers on the rows that are kept from fits."""
-        if self._held is None or self._held[0] != id(data):
-            self._held = (id(data), answers(self.model, data, held=HELD))
-        return self._held[1]
+        if id(data) not in self._held:
+            self._held.clear()
+            self._held[id(data)] = answers(self.model, data, held=HELD)
+        return self._held[id(data)]
 
     def indices(self, name: str, axis: int) -> np.ndarray | None:
         """The indices of that axis that are still there; None for all of them."""

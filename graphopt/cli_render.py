@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from graphopt.cli_compiled import region_lines
+from graphopt.cli_pruned import pruned_lines
 from graphopt.cli_tables import console as _console
 from graphopt.cli_tables import count as _count
 from graphopt.cli_tables import listing as _listing
@@ -83,7 +84,7 @@ def show_report(report: Report, *, verbose: bool) -> None:
         )
     _print_table(console, figures_table(["original", "optimised"], [report.before, report.after]))
     _print_measured(console, report)
-    for line in region_lines(report):
+    for line in [*pruned_lines(report.passes, verbose=verbose), *region_lines(report)]:
         console.print(escape(line))
     for warning in report.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}")

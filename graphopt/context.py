@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import onnx_graphsurgeon as gs
@@ -46,6 +46,14 @@ class Context:
         value: T = self._cached[name]
         return value
 
+    def fork(self) -> Context:
+        """For another run on an equal model (same names, same values): analyses are shared until either run drops its own.
+
+        A pass that asks for an analysis once it has changed the model must `drop` first, as ever: here others would read it.
+        """
+        baseline = None if self.baseline is None else self.baseline.copy()
+        return replace(self, rejected=Counter(), examples={}, facts={}, baseline=baseline)
+
     def drop(self, keep: frozenset[str] = frozenset()) -> None:
         """Forget every analysis that is not in `keep`."""
         self._cached = {name: value for name, value in self._cached.items() if name in keep}
@@ -59,7 +67,8 @@ class Context:
             from graphopt.baseline import snapshot
             from graphopt.external import LIMIT
 
-            self.baseline = snapshot(model) if model.weight_bytes() <= LIMIT else None
+            small = model.weight_bytes() <= LIMIT
+            self.baseline = self.cached("baseline", lambda: snapshot(model)).copy() if small else None
         return self.baseline
 
     def reject(self, node: gs.Node, reason: str) -> None:

@@ -15,6 +15,7 @@ from graphopt.gradients import Scalar, Spot, program
 from graphopt.model import Model
 from graphopt.probes import variances
 
+Facts = dict[str, object]
 DRAWS = 2  # random projections of the outputs a row
 
 
@@ -59,7 +60,21 @@ def _masked(
     """The root of the mean of `size` of what the scalar loses, to first order, with each unit.
 
     That is the sum of y g over all indices by which weights read the unit, g being the gradient by way of that reading alone.
+    Measured once a state of the model and choice of groups.
     """
+    known: dict[object, tuple[Scores, Facts]] = context.cached("masked", dict)
+    key = (scalar, size.__name__, tuple(int(g.units[0]) for g in groups))
+    if key not in known:
+        known[key] = _measured(model, context, groups, scalar, size)
+    scores, facts = known[key]
+    context.facts.update(facts)
+    return list(scores)
+
+
+def _measured(
+    model: Model, context: Context, groups: Sequence[Group], scalar: Scalar, size: Callable[[np.ndarray], np.ndarray]
+) -> tuple[Scores, Facts]:
+    """The scores, and what the report should say."""
     tensors, scores = model.tensors(), l2(model, context, groups)
     found = [
         [(Spot(r.data.name, r.axis, r.node.outputs[0].name, r.input), r.part.labels) for r in reads(tensors, g)] for g in groups
@@ -67,8 +82,7 @@ def _masked(
     try:
         ready = program(model, context, {spot for mine in found for spot, _ in mine}, scalar=scalar)
     except ModelError as error:  # too old an opset, and onnx cannot convert it
-        context.facts.update(groups_without_gradients=len(groups), gradients_stop=[str(error)])
-        return scores
+        return scores, {"groups_without_gradients": len(groups), "gradients_stop": [str(error)]}
     known = set(ready.spots)
     whole = [i for i, mine in enumerate(found) if mine and all(spot in known for spot, _ in mine)]
     totals = {i: np.zeros(len(groups[i].units)) for i in whole}
@@ -80,9 +94,8 @@ def _masked(
             rows[i] += len(lost)
     for i in whole:
         scores[i] = np.sqrt(totals[i] / rows[i])
-    context.facts["groups_without_gradients"] = len(groups) - len(whole)
-    context.facts["gradients_stop"] = sorted({f"{stop.op}: {stop.why}" for stop in ready.stops})
-    return scores
+    stops = sorted({f"{stop.op}: {stop.why}" for stop in ready.stops})
+    return scores, {"groups_without_gradients": len(groups) - len(whole), "gradients_stop": stops}
 
 
 def _lost(group: Group, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

@@ -19,6 +19,7 @@ from graphopt.compare import OutputDifference, differences
 from graphopt.emit import sources
 from graphopt.errors import DataError, ModelError
 from graphopt.feeds import row_count
+from graphopt.layers import find_layers
 from graphopt.measure import Latency, cpu_features, latency, peak_memory
 from graphopt.model import Model
 from graphopt.operators import DOMAIN, choose, regions
@@ -30,9 +31,13 @@ from graphopt.targets import find_target
 if TYPE_CHECKING:
     from graphopt.api import Figures, Settings
     from graphopt.data import Dataset
+    from graphopt.evaluate import Paired
 
 COMPARE_ROWS = 64  # rows on which outputs are compared
 GENERATED_ROWS = 2  # the same where no data was given
+BLOCK = 8  # channels that onnxruntime's blocked convolutions take at a time
+PROPORTION = 1.25  # a model is not faster in proportion where its time is so many times its share of the MACs
+_NAMED = 4  # layers named in a warning
 SLOWER = 0.97  # a ratio of latencies under this is called slower: above, it is within the machine's noise
 DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 _FLOAT_COMPUTE = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
@@ -90,7 +95,7 @@ def measure_gains(
             _quality(report, session(contents[1], threads=0), evaluation, scored, settings)
         if settings.measure:
             settings.progress("measure latency and memory", 0, 0)
-            _speed(report, contents, original, evaluation or calibration)
+            _speed(report, contents, (original, work), evaluation or calibration)
     report.warnings += _unmeasured(report)
     _operators(report, work)
     if find_target(settings.target).onnxruntime:
@@ -162,12 +167,10 @@ def _output_row(d: OutputDifference) -> OutputRow:
     )
 
 
-def _quality(report: Report, runner: object, evaluation: Dataset, scored: np.ndarray, settings: Settings) -> None:
-    from graphopt.evaluate import paired, score
-
-    both = paired(scored, score(runner, evaluation, settings.metric, progress=settings.progress))
-    report.quality = QualityRow(
-        metric=settings.metric,
+def quality_row(metric: str, both: Paired) -> QualityRow:
+    """As the report has it."""
+    return QualityRow(
+        metric=metric,
         rows=both.rows,
         original=both.original,
         optimized=both.optimized,
@@ -175,6 +178,13 @@ def _quality(report: Report, runner: object, evaluation: Dataset, scored: np.nda
         won=both.won,
         p_value=both.p_value,
     )
+
+
+def _quality(report: Report, runner: object, evaluation: Dataset, scored: np.ndarray, settings: Settings) -> None:
+    from graphopt.evaluate import paired, score
+
+    both = paired(scored, score(runner, evaluation, settings.metric, progress=settings.progress))
+    report.quality = quality_row(settings.metric, both)
     report.before = report.before.model_copy(update={"quality": both.original})
     report.after = report.after.model_copy(update={"quality": both.optimized})
     drop = both.original - both.optimized
@@ -183,10 +193,10 @@ def _quality(report: Report, runner: object, evaluation: Dataset, scored: np.nda
         report.warnings.append(f"quality fell by {100 * drop:.1f} points ({chance}: p = {both.p_value:.2g})")
 
 
-def _speed(report: Report, contents: Sequence[bytes | Path], model: Model, data: Dataset | None) -> None:
+def _speed(report: Report, contents: Sequence[bytes | Path], models: tuple[Model, Model], data: Dataset | None) -> None:
     from graphopt.api import check_feeds
 
-    feed = check_feeds(model, data, 1)[0]
+    feed = check_feeds(models[0], data, 1)[0]
     paired = not _large(contents)
     rows = latency(contents, feed) if paired else [latency([c], feed)[0] for c in contents]
     if paired:
@@ -199,8 +209,8 @@ def _speed(report: Report, contents: Sequence[bytes | Path], model: Model, data:
             peaks = [peak_memory(_as_file(c, Path(folder) / f"{i}.onnx"), feed) for i, c in enumerate(contents)]
     except (ModelError, OSError, subprocess.SubprocessError) as error:  # no room for a copy, no second process: no reason to fail
         report.warnings.append(f"peak memory was not measured: {error}")
-    report.before = report.before.model_copy(update={"latency": _latency_row(rows[0]), "peak_memory_bytes": peaks[0]})
-    report.after = report.after.model_copy(update={"latency": _latency_row(rows[1]), "peak_memory_bytes": peaks[1]})
+    report.before = report.before.model_copy(update={"latency": latency_row(rows[0]), "peak_memory_bytes": peaks[0]})
+    report.after = report.after.model_copy(update={"latency": latency_row(rows[1]), "peak_memory_bytes": peaks[1]})
     if paired and rows[1].speedup < SLOWER and find_target(report.target).onnxruntime:
         quantized = any(p.name == "quantize" and p.changes for p in report.passes)
         what = "the INT8 model" if quantized else "the result"
@@ -208,6 +218,10 @@ def _speed(report: Report, contents: Sequence[bytes | Path], model: Model, data:
             f"{what} is SLOWER than the original here: {rows[1].speedup:.2f}x its speed "
             f"({rows[0].p50_ms:.3f} -> {rows[1].p50_ms:.3f} ms, batch {rows[0].batch}, {rows[0].threads} thread)"
         )
+    if paired and find_target(report.target).onnxruntime and any(p.facts.get("removed") for p in report.passes if p.changes):
+        before, after = report.before.macs, report.after.macs
+        share = after / before if before and after is not None else None
+        report.warnings += out_of_step(share, 1 / rows[1].speedup, ragged(models[1], models[0]))
 
 
 def _as_file(content: bytes | Path, path: Path) -> Path:
@@ -217,7 +231,8 @@ def _as_file(content: bytes | Path, path: Path) -> Path:
     return path
 
 
-def _latency_row(row: Latency) -> LatencyRow:
+def latency_row(row: Latency) -> LatencyRow:
+    """As the report has it."""
     return LatencyRow(p50_ms=row.p50_ms, p95_ms=row.p95_ms, runs=row.runs, batch=row.batch, threads=row.threads)
 
 
@@ -260,3 +275,37 @@ def _kernels_that_ran(model: Model) -> list[str]:
         return []
     names = ", ".join(f"{n.name} ({n.op_type})" for n in left[:3])
     return [f"{len(left)} quantised nodes still run in float in onnxruntime: {names}{' ...' if len(left) > 3 else ''}"]
+
+
+def ragged(model: Model, original: Model) -> list[str]:
+    """Convolutions with a channel count that is not the original's and not a multiple of 8, as 'conv1 (16 -> 13 channels)'."""
+    before, now = channels(original), channels(model)
+    found = []
+    for node, (inputs, outputs) in now.items():
+        old = before.get(node, (0, 0))
+        odd = [n for n, o in zip((inputs, outputs), old, strict=True) if n != o and n % BLOCK and n > BLOCK // 2]
+        if odd:
+            found.append(f"{node} ({inputs} -> {outputs} channels)")
+    return found
+
+
+def channels(model: Model) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each convolution of the main graph, by node."""
+    shapes = {c.name: c.shape for c in model.constants()}
+    layers = [(layer, shapes[layer.weight]) for layer in find_layers(model)[0] if layer.window is not None]
+    return {layer.node: (int(shape[1]) * layer.groups, int(shape[0])) for layer, shape in layers}
+
+
+def out_of_step(macs: float | None, time: float, ragged: Sequence[str]) -> list[str]:
+    """Plain words where a smaller model takes longer than the original, or its time fell by clearly less than its MACs.
+
+    macs, time: shares of the original's. `ragged`: layers to name.
+    """
+    if macs is None or macs >= 1 or time <= PROPORTION * macs:
+        return []
+    names = ", ".join(ragged[:_NAMED]) + (f" and {len(ragged) - _NAMED} more" if len(ragged) > _NAMED else "")
+    why = "the channel counts of its convolutions are those of the original or multiples of 8, so they are not the reason"
+    if ragged:
+        why = f"these have channels that are not multiples of {BLOCK}, as fast kernels want them: {names}; give round_to={BLOCK}"
+    what = "it is SLOWER than the original" if time * SLOWER > 1 else "it is not faster in proportion"
+    return [f"{what}: {time:.2f} of the time for {macs:.2f} of the MACs; {why}"]

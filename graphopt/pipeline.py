@@ -208,15 +208,18 @@ def legal_order(steps: Sequence[Step]) -> list[str]:
         raise OptionError(f"passes contradict each other: {' -> '.join(a for a, _ in nx.find_cycle(order))}") from error
 
 
-def run(model: Model, steps: Sequence[Step], context: Context, hooks: Sequence[Hook] = ()) -> list[StepResult]:
+def run(
+    model: Model, steps: Sequence[Step], context: Context, hooks: Sequence[Hook] = (), *, later: Sequence[Step] = ()
+) -> list[StepResult]:
     """Run the steps in order on `model`, in place. After every change the graph is sorted and verified.
 
+    `later`: steps that another call will run on the result.
     Raises GraphoptError naming the pass; PassError where a step needs data that was not given, before any work.
     """
-    missing = next((s.entry.name for s in steps if s.entry.needs_data and context.calibration is None), None)
+    missing = next((s.entry.name for s in (*steps, *later) if s.entry.needs_data and context.calibration is None), None)
     if missing:
         raise PassError(missing, "needs calibration data: give --calib PATH (or calibration=...)")
-    context.keep_baseline = any(s.entry.repairs for s in steps)
+    context.keep_baseline = any(s.entry.repairs for s in (*steps, *later))
     results: list[StepResult] = []
     start = 0
     while start < len(steps):

@@ -142,6 +142,63 @@ class Report(BaseModel):
     warnings: list[str] = Field(default_factory=list)
 
 
+class PointRow(_Row):
+    """One target of a sweep: the model that its recipe makes, or why there is none."""
+
+    keep: float = Field(description="the number that was put into the pipeline")
+    recipe: str = Field(description="for `graphopt optimize --passes`, which makes the same file from the same rows")
+    failed: str | None = Field(default=None, description="why there is no model: the target is out of reach")
+    path: str | None = None
+    sha256: str | None = Field(default=None, description="of the model's file")
+    nodes: int | None = None
+    parameters: int | None = None
+    macs: int | None = None
+    file_bytes: int | None = None
+    macs_ratio: float | None = Field(default=None, description="of the original's")
+    quality: QualityRow | None = Field(default=None, description="null without evaluation rows")
+    held_out_error: float | None = Field(
+        default=None, description="at the outputs, on calibration rows that no fit had seen, as the last pass that repairs says"
+    )
+    error: float | None = Field(
+        default=None,
+        description="of the finished model at the outputs, on the same rows, against the original; repair has used them by then",
+    )
+    latency: LatencyRow | None = None
+    latency_ratio: float | None = Field(default=None, description="of the original's, the median of paired runs")
+    seconds: float = 0.0
+    passes: list[PassRow] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+
+
+class KneeRow(_Row):
+    """A point that a user may want, and by what rule."""
+
+    rule: str
+    keep: float | None = Field(description="null: the rule names no point")
+    why: str
+
+
+class SweepReport(BaseModel):
+    """What `graphopt sweep` found: one pipeline with several targets."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    environment: Environment
+    source: str | None
+    source_sha256: str | None
+    target: str
+    template: str = Field(description="the pipeline with a place for the target")
+    shared: str = Field(description="the passes that ran once, for all points")
+    calibration: str | None
+    metric: str | None
+    seconds: float
+    original: ModelRow
+    points: list[PointRow]
+    knees: list[KneeRow] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+
+
 def schema() -> dict[str, Any]:
     """The JSON schema of the report."""
     return Report.model_json_schema()

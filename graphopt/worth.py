@@ -13,11 +13,12 @@ from graphopt.dims import Group
 from graphopt.errors import PassError
 from graphopt.model import Model
 from graphopt.readers import Reader, of_group, readers
-from graphopt.sensitivity import SHARES, Trial, curve
+from graphopt.sensitivity import SHARES, Curve, Trial, curve
 from graphopt.units import Freed, Holds
 
 Priority = Callable[[np.ndarray], np.ndarray]  # the order of a group's units -> their worth, never falling
 ABSOLUTE = frozenset({"fisher", "first-order", "obs"})  # criteria whose scores of different groups are in the same unit
+Curves = dict[tuple[int, bytes], Curve]  # by the group's first unit and the order in which its units go
 ROWS = 64  # calibration rows on which sensitivity is measured, at most
 FEWEST = 4  # and at least: below, measuring is not worth it
 EFFORT = 3e12  # MACs that measuring the sensitivity of all groups may take: a minute or two on one core
@@ -38,11 +39,14 @@ def by_score(score: np.ndarray, each: float) -> Priority:
     return priority
 
 
-def by_trial(group: Group, found: Sequence[Reader], trial: Trial, each: float) -> Priority:
-    """Measured errors at the outputs with more and more of the group gone."""
+def by_trial(group: Group, found: Sequence[Reader], trial: Trial, each: float, known: Curves) -> Priority:
+    """Measured errors at the outputs with more and more of the group gone; those in `known` are not measured again."""
 
     def priority(order: np.ndarray) -> np.ndarray:
-        counts, errors = curve(group, order, found, trial)
+        key = (int(group.units[0]), order.tobytes())
+        if key not in known:
+            known[key] = curve(group, order, found, trial)
+        counts, errors = known[key]
         return slopes(counts, errors, len(order)) / each
 
     return priority
@@ -73,9 +77,10 @@ def measured(
     if not rows:
         raise PassError("prune", f"scope=sensitivity: {len(groups)} groups of a model of {macs:.3g} MACs take too long; use global")
     all_readers = readers(model, context)
-    trial = Trial(model, all_readers, truth(model, context, rows))
+    trial = context.cached(f"trial {rows}", lambda: Trial(model, all_readers, truth(model, context, rows)))
+    known: Curves = context.cached(f"curves {rows}", dict)
     found: list[Priority | None] = []
     for i, group in enumerate(groups):
         mine = of_group(all_readers, group)
-        found.append(by_trial(group, mine, trial, each[i]) if mine else None)
+        found.append(by_trial(group, mine, trial, each[i], known) if mine else None)
     return found
