@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from graphopt.model import load as load
     from graphopt.operators import register as register
     from graphopt.operators import session as session
-    from graphopt.sweep import sweep as sweep
+    from graphopt.sweeps import sweep as sweep
 
 _HOMES = {
     "Context": "graphopt.context",
@@ -37,7 +37,7 @@ _HOMES = {
     "optimize": "graphopt.api",
     "register": "graphopt.operators",
     "session": "graphopt.operators",
-    "sweep": "graphopt.sweep",
+    "sweep": "graphopt.sweeps",
 }
 __all__ = list(_HOMES)
 

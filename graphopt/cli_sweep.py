@@ -14,7 +14,7 @@ from graphopt.errors import ModelError, OptionError
 
 if TYPE_CHECKING:
     from graphopt.report import PointRow, SweepReport
-    from graphopt.sweep import Sweep
+    from graphopt.sweeps import Sweep
 
 _PATH = click.Path(path_type=Path)
 _STDOUT = Path("-")
@@ -56,7 +56,7 @@ def sweep(
     """
     from graphopt.progress import bars
     from graphopt.registry import load_plugin
-    from graphopt.sweep import sweep as run_sweep
+    from graphopt.sweeps import sweep as run_sweep
 
     for plugin in given.pop("plugin"):
         load_plugin(plugin)
@@ -75,7 +75,7 @@ def sweep(
 
 def _asked(given: dict[str, Any]) -> tuple[list[float], str]:
     """The targets, and the pipeline with a place for them."""
-    from graphopt.sweep import PASSES, plan
+    from graphopt.sweeps import PASSES, plan
 
     by, template, text = given.pop("by"), given.pop("passes"), given.pop("keep")
     if by is not None and template is not None:
@@ -93,7 +93,7 @@ def _check_outputs(
 ) -> None:
     """Find out before any work where something could not be written, or would replace what is read."""
     from graphopt import emit
-    from graphopt.sweep import check_folder, file_name
+    from graphopt.sweeps import check_folder, file_name
 
     if not model.is_file():
         raise ModelError(f"{model} is a folder; name a model file" if model.is_dir() else f"no such file: {model}")

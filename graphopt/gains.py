@@ -19,10 +19,10 @@ from graphopt.compare import OutputDifference, differences
 from graphopt.emit import sources
 from graphopt.errors import DataError, ModelError
 from graphopt.feeds import row_count
-from graphopt.layers import find_layers
 from graphopt.measure import Latency, cpu_features, latency, peak_memory
 from graphopt.model import Model
 from graphopt.operators import DOMAIN, choose, regions
+from graphopt.proportion import SLOWER, explain, out_of_step
 from graphopt.registry import find
 from graphopt.report import Environment, LatencyRow, ModelRow, OperatorsRow, OutputRow, QualityRow, Report
 from graphopt.runtime import Feed, run, runnable, session
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 
 COMPARE_ROWS = 64  # rows on which outputs are compared
 GENERATED_ROWS = 2  # the same where no data was given
-BLOCK = 8  # channels that onnxruntime's blocked convolutions take at a time
-PROPORTION = 1.25  # a model is not faster in proportion where its time is so many times its share of the MACs
-_NAMED = 4  # layers named in a warning
-SLOWER = 0.97  # a ratio of latencies under this is called slower: above, it is within the machine's noise
 DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 _FLOAT_COMPUTE = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
 
@@ -219,9 +215,15 @@ def _speed(report: Report, contents: Sequence[bytes | Path], models: tuple[Model
             f"({rows[0].p50_ms:.3f} -> {rows[1].p50_ms:.3f} ms, batch {rows[0].batch}, {rows[0].threads} thread)"
         )
     if paired and find_target(report.target).onnxruntime and any(p.facts.get("removed") for p in report.passes if p.changes):
-        before, after = report.before.macs, report.after.macs
-        share = after / before if before and after is not None else None
-        report.warnings += out_of_step(share, 1 / rows[1].speedup, ragged(models[1], models[0]))
+        _proportion(report, models, feed, 1 / rows[1].speedup)
+
+
+def _proportion(report: Report, models: tuple[Model, Model], feed: Feed, time: float) -> None:
+    """A warning where units were removed and the time did not fall with the MACs."""
+    before, after = report.before.macs, report.after.macs
+    share = after / before if before and after is not None else None
+    if share is not None and out_of_step(share, time):
+        report.warnings.append(explain(share, time, *models, feed))
 
 
 def _as_file(content: bytes | Path, path: Path) -> Path:
@@ -275,37 +277,3 @@ def _kernels_that_ran(model: Model) -> list[str]:
         return []
     names = ", ".join(f"{n.name} ({n.op_type})" for n in left[:3])
     return [f"{len(left)} quantised nodes still run in float in onnxruntime: {names}{' ...' if len(left) > 3 else ''}"]
-
-
-def ragged(model: Model, original: Model) -> list[str]:
-    """Convolutions with a channel count that is not the original's and not a multiple of 8, as 'conv1 (16 -> 13 channels)'."""
-    before, now = channels(original), channels(model)
-    found = []
-    for node, (inputs, outputs) in now.items():
-        old = before.get(node, (0, 0))
-        odd = [n for n, o in zip((inputs, outputs), old, strict=True) if n != o and n % BLOCK and n > BLOCK // 2]
-        if odd:
-            found.append(f"{node} ({inputs} -> {outputs} channels)")
-    return found
-
-
-def channels(model: Model) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each convolution of the main graph, by node."""
-    shapes = {c.name: c.shape for c in model.constants()}
-    layers = [(layer, shapes[layer.weight]) for layer in find_layers(model)[0] if layer.window is not None]
-    return {layer.node: (int(shape[1]) * layer.groups, int(shape[0])) for layer, shape in layers}
-
-
-def out_of_step(macs: float | None, time: float, ragged: Sequence[str]) -> list[str]:
-    """Plain words where a smaller model takes longer than the original, or its time fell by clearly less than its MACs.
-
-    macs, time: shares of the original's. `ragged`: layers to name.
-    """
-    if macs is None or macs >= 1 or time <= PROPORTION * macs:
-        return []
-    names = ", ".join(ragged[:_NAMED]) + (f" and {len(ragged) - _NAMED} more" if len(ragged) > _NAMED else "")
-    why = "the channel counts of its convolutions are those of the original or multiples of 8, so they are not the reason"
-    if ragged:
-        why = f"these have channels that are not multiples of {BLOCK}, as fast kernels want them: {names}; give round_to={BLOCK}"
-    what = "it is SLOWER than the original" if time * SLOWER > 1 else "it is not faster in proportion"
-    return [f"{what}: {time:.2f} of the time for {macs:.2f} of the MACs; {why}"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from test_prune_channels import CHAIN, parsed
@@ -13,8 +14,10 @@ from test_sweep import rows
 
 import graphopt
 from graphopt.cli_pruned import point_lines, pruned_lines
-from graphopt.gains import channels, out_of_step, ragged
+from graphopt.cost import costs
+from graphopt.layers import find_layers
 from graphopt.passes.prune_channels import prune_channels
+from graphopt.proportion import _layer_times, channels, explain, lagging, out_of_step, profiled, ragged
 from graphopt.report import PassRow, PointRow
 
 Run = Callable[..., tuple[int, str, str]]
@@ -85,25 +88,51 @@ def test_optimize_shows_it(cli: Run, digits: Path, tmp_path: Path) -> None:
 
 
 def test_channels_that_kernels_do_not_like_are_named() -> None:
-    original, exact, round_ = parsed(CHAIN), parsed(CHAIN), parsed(CHAIN)
+    original, exact, rounded = parsed(CHAIN), parsed(CHAIN), parsed(CHAIN)
     prune_channels(exact, graphopt.Context(), macs=0.7, round_to=1)
-    prune_channels(round_, graphopt.Context(), macs=0.7)
-    names = {layer: counts for layer, counts in channels(exact).items() if counts != channels(original)[layer]}
-    assert any(n % 8 for counts in names.values() for n in counts)
-    assert ragged(exact, original) == [
-        f"{node} ({a} -> {b} channels)" for node, (a, b) in names.items() if (a % 8 and a > 4) or b % 8
-    ]
-    assert ragged(round_, original) == []
-    assert ragged(original, original) == []
+    prune_channels(rounded, graphopt.Context(), macs=0.7)
+    changed = {layer: counts for layer, counts in channels(exact).items() if counts != channels(original)[layer]}
+    odd = {n: c for n, c in changed.items() if c[1] % 8 or (c[0] % 8 and c[0] != channels(original)[n][0])}
+    assert odd
+    assert ragged(exact, original) == {node: f" ({a} -> {b} channels)" for node, (a, b) in odd.items()}
+    assert ragged(rounded, original) == ragged(original, original) == {}
 
 
-@pytest.mark.parametrize(("macs", "time", "said"), [(0.5, 0.62, ""), (0.5, 0.64, "not faster in proportion"), (0.5, 1.2, "SLOWER")])
-def test_a_model_that_is_not_faster_in_proportion_is_said_so(macs: float, time: float, said: str) -> None:
-    lines = out_of_step(macs, time, [f"c{i} (16 -> 13 channels)" for i in range(6)])
-    assert len(lines) == bool(said)
-    assert all(said in line and "c3 (16 -> 13 channels) and 2 more; give round_to=8" in line for line in lines)
-    assert all("not the reason" in line for line in out_of_step(macs, time, []))
-    assert out_of_step(None, 2.0, []) == out_of_step(1.0, 2.0, []) == []
+def test_out_of_step_is_a_quarter_more_time_than_macs() -> None:
+    assert [out_of_step(0.5, t) for t in (0.4, 0.62, 0.63, 1.2)] == [False, False, True, True]
+    assert not out_of_step(None, 2.0)
+    assert not out_of_step(1.0, 2.0)
+
+
+def test_layers_that_lag_are_named_with_their_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, work = parsed(CHAIN), parsed(CHAIN)
+    prune_channels(work, graphopt.Context(), macs=0.5, round_to=1)
+    first, last = (find_layers(original)[0][i].node for i in (0, -1))
+    before = {n.name: n.macs for n in costs(original).nodes}
+    after = {n.name: n.macs for n in costs(work).nodes}
+    assert after[first] < before[first]
+    times = [{first: 1.0, last: 1.0, "e": 2.0}, {first: 0.9, last: 0.1, "e": 1.0}]
+    monkeypatch.setattr("graphopt.proportion.profiled", lambda models, feed: times)
+    lags, idle = lagging(original, work, {})
+    share = after[first] / before[first]
+    assert [(lag.node, lag.time, lag.macs) for lag in lags] == [(first, 0.9, share)]
+    assert idle == 0.5
+    said = explain(0.5, 1.2, original, work, {})
+    assert said.startswith("it is SLOWER than the original: 1.20 of the time for 0.50 of the MACs; layers behind: ")
+    assert f"{first}{ragged(work, original)[first]} 0.90 of the time for {share:.2f}" in said
+    assert "give round_to=8" in said
+    assert said.endswith("50 % of its time is in operators that have no MACs")
+    assert explain(0.5, 0.7, original, work, {}).startswith("it is not faster in proportion: 0.70")
+
+
+def test_every_layer_of_a_real_run_is_found_again(digits: Path) -> None:
+    result = graphopt.optimize(digits / "digits.onnx", "fold, prune-channels macs=0.7 scope=global")
+    feed = {result.model.graph.inputs[0].name: np.zeros((1, 1, 8, 8), np.float32)}
+    (times,) = profiled([result.model], feed, rounds=3)
+    assert all(ms > 0 for ms in times.values())
+    ((layers, idle),) = _layer_times([result.model], feed)
+    assert set(layers) == {layer.node for layer in find_layers(result.model)[0]}
+    assert 0 < idle < 1
 
 
 def test_the_report_warns_where_measured_time_does_not_follow(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,3 +147,4 @@ def test_the_report_warns_where_measured_time_does_not_follow(digits: Path, monk
     (line,) = (w for w in result.report.warnings if "of the time for" in w)
     assert line.startswith("it is SLOWER than the original: 1.50 of the time for 0.7")
     assert "round_to=8" in line
+    assert "layers behind" in line or "% of its time" in line

@@ -15,13 +15,13 @@ import pytest
 from test_prune_channels import CHAIN, parsed
 
 import graphopt
-from graphopt import criteria_data, readers, surgeon, worth
+from graphopt import criteria_data, readers, sensitivity, surgeon, worth
 from graphopt.context import Context
 from graphopt.errors import OptionError, PassError
 from graphopt.knee import CHORD, WITHIN, knees
 from graphopt.model import Model
 from graphopt.report import ModelRow, PointRow, QualityRow, SweepReport
-from graphopt.sweep import PASSES, Sweep, plan, shared_steps, sweep
+from graphopt.sweeps import PASSES, Sweep, plan, shared_steps, sweep
 from graphopt.sweep_plot import plot
 
 Run = Callable[..., tuple[int, str, str]]
@@ -100,6 +100,10 @@ def test_errors_grow_as_less_is_kept(searched: Sweep) -> None:
     assert first.held_out_error is None
 
 
+def test_the_name_in_the_package_is_the_function() -> None:
+    assert graphopt.sweep is sweep
+
+
 # ---- what is shared
 
 
@@ -126,7 +130,7 @@ def test_analyses_of_the_folded_model_are_made_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(readers, "_measure", measure)
     monkeypatch.setattr(criteria_data, "_measured", counted("fisher", criteria_data._measured))
     monkeypatch.setattr(surgeon, "order", counted("orders", surgeon.order))
-    monkeypatch.setattr(worth, "curve", counted("curves", worth.curve))
+    monkeypatch.setattr(worth, "curve", counted("curves", sensitivity.curve))
     targets = [0.9, 0.8, 0.7]
     sweep(tiny(), targets, SEARCH, calibration=rows(), measure=False)
     together, folded = dict(counts), max(measured)
@@ -310,7 +314,7 @@ def test_an_interrupted_sweep_leaves_nothing(cli: Run, digits: Path, tmp_path: P
     def interrupt(*given: Any, **more: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("graphopt.sweep.latency", interrupt)
+    monkeypatch.setattr("graphopt.sweeps.latency", interrupt)
     code, _, err = cli(
         "sweep", digits / "digits.onnx", "--keep", "0.8", "--passes", "prune-channels macs={}",
         "-o", tmp_path / "models", "--json", tmp_path / "s.json",

@@ -33,13 +33,14 @@ from graphopt.context import Context, Progress
 from graphopt.data import Dataset
 from graphopt.errors import ModelError, OptionError, PassError
 from graphopt.evaluate import paired, score
-from graphopt.gains import environment, latency_row, model_row, out_of_step, quality_row, ragged
+from graphopt.gains import environment, latency_row, model_row, quality_row
 from graphopt.knee import knees
 from graphopt.measure import Latency, latency
-from graphopt.model import Model
+from graphopt.model import Model, from_proto
 from graphopt.pipeline import Step, parse, run, to_text
+from graphopt.proportion import explain, out_of_step
 from graphopt.report import PointRow, SweepReport
-from graphopt.runtime import runnable, session
+from graphopt.runtime import Feed, runnable, session
 from graphopt.targets import find_target
 
 PASSES = {"macs": "fold, prune-search macs={}, cleanup", "params": "fold, prune-search params={}, cleanup"}
@@ -212,11 +213,10 @@ def _scene(original: Model, calibration: Any, evaluation: Any, settings: Setting
 
 @dataclass(frozen=True)
 class _Made:
-    """A row without latency, the model's file, and its layers of widths that kernels do not like; no file: out of reach."""
+    """A row without latency, and the model's file; no file: out of reach."""
 
     row: PointRow
     content: bytes | None = None
-    ragged: tuple[str, ...] = ()
 
 
 def _point(scene: _Scene, target: Target, label: str) -> _Made:
@@ -248,7 +248,7 @@ def _point(scene: _Scene, target: Target, label: str) -> _Made:
         seconds=time.perf_counter() - began,
         passes=rows.rows,
     )
-    return _Made(row, content, tuple(ragged(work, scene.original)))
+    return _Made(row, content)
 
 
 def _quality(scene: _Scene, content: bytes) -> Any:
@@ -305,11 +305,13 @@ def _latencies(report: SweepReport, scene: _Scene, made: Sequence[_Made]) -> Non
             report.warnings.append(f"latency was not measured, for lack of real inputs (--calib): {reason}")
             return
     report.original = report.original.model_copy(update={"latency": latency_row(timed[0])})
-    found = {m.row.keep: _timed(m, t) for m, t in zip(reached, timed[1:], strict=True)}
+    found = {m.row.keep: _timed(scene, m, t, feed) for m, t in zip(reached, timed[1:], strict=True)}
     report.points = [found.get(p.keep, p) for p in report.points]
 
 
-def _timed(made: _Made, found: Latency) -> PointRow:
-    ratio = 1 / found.speedup
-    said = out_of_step(made.row.macs_ratio, ratio, made.ragged)
+def _timed(scene: _Scene, made: _Made, found: Latency, feed: Feed) -> PointRow:
+    macs, ratio, said = made.row.macs_ratio, 1 / found.speedup, list[str]()
+    if macs is not None and out_of_step(macs, ratio) and find_target(scene.settings.target).onnxruntime:
+        work = from_proto(onnx.load_from_string(made.content or b""))
+        said.append(explain(macs, ratio, scene.original, work, feed))
     return made.row.model_copy(update={"latency": latency_row(found), "latency_ratio": ratio, "warnings": said})
