@@ -141,15 +141,18 @@ def _panel(title: str, marks: Sequence[_Mark], left: float, ticks: list[float], 
     spots = [(along(m.x), up(m.y), m) for m in marks]
     out.append(f'<polyline class="line" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y, _ in spots)}"/>')
     for number, (x, y, mark) in enumerate(spots):
-        out += _dot(x, y, mark, first=number == 0)
+        out += _dot(x, y, mark, first=number == 0, right=x > middle, rises=marks[-1].y > marks[0].y)
     return out
 
 
-def _dot(x: float, y: float, mark: _Mark, *, first: bool) -> list[str]:
+def _dot(x: float, y: float, mark: _Mark, *, first: bool, right: bool, rises: bool) -> list[str]:
     rings = [f'<circle class="{name}" cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>' for name, r in map(_RINGS.__getitem__, mark.rules)]
     dot = f'<circle class="{"first" if first else "dot"}" cx="{x:.1f}" cy="{y:.1f}" r="{5 if first else 4}"/>'
-    below, anchor = (22, "end") if first else (-14, "middle")  # the original lies at the right, near the first point
-    label = f'<text class="dim" x="{x:.1f}" y="{y + below:.1f}" text-anchor="{anchor}">{mark.label}</text>'
+    # quality falls to the left and errors rise, so names go where there is room: beside points, and over or under the original
+    dx, dy, anchor = (9, -9, "start") if rises else (-9, -9, "end")
+    if first:
+        dx, dy, anchor = 0, (-28 if rises else 22), "end" if right else "start"
+    label = f'<text class="dim" x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}">{mark.label}</text>'
     return [*rings, dot, label]
 
 

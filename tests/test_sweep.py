@@ -21,8 +21,8 @@ from graphopt.errors import OptionError, PassError
 from graphopt.knee import CHORD, WITHIN, knees
 from graphopt.model import Model
 from graphopt.report import ModelRow, PointRow, QualityRow, SweepReport
-from graphopt.sweeps import PASSES, Sweep, plan, shared_steps, sweep
 from graphopt.sweep_plot import plot
+from graphopt.sweeps import PASSES, Sweep, plan, shared_steps, sweep
 
 Run = Callable[..., tuple[int, str, str]]
 SEARCH = "fold, prune-search macs={} round_to=1, cleanup"
