@@ -202,7 +202,7 @@ def _scene(original: Model, calibration: Any, evaluation: Any, settings: Setting
     except ModelError as reason:
         warnings.append(f"errors at the outputs were not measured: {reason}")
     stem = copied(original)
-    context = Context(data, find_target(settings.target), settings.progress)
+    context = Context(data, find_target(settings.target), settings.progress, settings.here)
     start = figures(stem, context)
     rows = PassRows(context, start)
     shared, steps = shared_steps(targets), targets[0].steps
