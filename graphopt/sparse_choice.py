@@ -19,6 +19,7 @@ from graphopt.measure import latency
 from graphopt.model import Model, from_proto
 from graphopt.nominal import bind
 from graphopt.operands import Names
+from graphopt.proto import Exporter, encode_inline
 from graphopt.shapes import shapes
 from graphopt.sparse_layers import Block, Layer, Site, find_layers, replace_layer
 
@@ -91,7 +92,8 @@ def expected(layer: Layer, form: Form) -> float:
 
 def density(layer: Layer) -> float:
     """The share of weights that are not zero."""
-    return float(np.count_nonzero(layer.matrix()) / layer.weight.values.size)
+    matrix = layer.matrix()
+    return float(np.count_nonzero(matrix) / matrix.size)
 
 
 def by_table(layer: Layer, pixels: int | None) -> Choice:
@@ -115,8 +117,6 @@ def alone(site: Site, layer: Layer, static: Mapping[str, tuple[int, ...]]) -> on
     if any(t.name not in static for t in tensors):
         return None
     constants = {t.name: t for n in layer.nodes for t in n.inputs if isinstance(t, gs.Constant)}
-    from graphopt.proto import Exporter, encode_inline
-
     exporter = Exporter(gs.Graph([], [], []), site.model.leftovers, encode_inline)
     inputs = [helper.make_tensor_value_info(t.name, 1, static[t.name]) for t in tensors]
     output = onnx.ValueInfoProto(name=layer.output.name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,6 +25,7 @@ from graphopt.shapes import Shapes
 IR = 8  # the first IR version with functions
 OPSET = 11  # the first with ScatterND and CumSum
 Block = tuple[int, int]
+WHOLE = Window()
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Layer:
     kind: int
     outputs: int
     inputs: int
-    window: Window = Window()
+    window: Window = WHOLE
     bias: np.ndarray | None = None
     residual: gs.Tensor | None = None
     low: float = float("-inf")
@@ -131,8 +133,7 @@ def _conv(node: gs.Node) -> Layer | str:
         bias = constant_value(node.inputs[2])
         if bias is None:
             return "its bias is computed"
-    layer = Layer(node, weight, CONV, int(weight.shape[0]), int(weight.shape[1]) * groups, window, bias, nodes=(node,))
-    return layer
+    return Layer(node, weight, CONV, int(weight.shape[0]), int(weight.shape[1]) * groups, window, bias, nodes=(node,))
 
 
 def _gemm(node: gs.Node) -> Layer | str:
@@ -229,7 +230,7 @@ def _decode(plan: SparsePlan, shape: Sequence[int]) -> list[onnx.NodeProto]:
     """Nodes that make the dense weight of this shape, OIHW or [inputs, outputs], from `values` and `gaps`."""
     rows, columns = plan.block
     down, across = plan.outputs_ // rows, plan.columns // columns
-    numbers = {
+    numbers: dict[str, Any] = {
         "size": [down * across, rows * columns], "one": [1], "column": [-1, 1], "cut": [down, across, rows, columns],
         "axis": 0, "whole": [plan.outputs_, plan.columns] if plan.kind == ROWS else list(shape),
     }  # fmt: skip
@@ -259,7 +260,7 @@ def _body(layer: Layer, plan: SparsePlan) -> list[onnx.NodeProto]:
     """What the layer's nodes compute, from x, residual, values, gaps and bias to y."""
     nodes, last = _decode(plan, layer.weight.shape), "x"
 
-    def then(op: str, *inputs: str, **attributes: object) -> None:
+    def then(op: str, *inputs: str, **attributes: Any) -> None:
         nonlocal last
         name = f"step{len(nodes)}"
         nodes.append(helper.make_node(op, [last, *inputs], [name], **attributes))
@@ -299,7 +300,7 @@ def _name(model: Model, function: onnx.FunctionProto) -> str | None:
     for name, known in mine.items():
         function.name = name
         if known.SerializeToString(deterministic=True) == function.SerializeToString(deterministic=True):
-            return name
+            return str(name)
     free = next((f"{PREFIX}{i}" for i in range(MAX_LAYERS) if f"{PREFIX}{i}" not in mine), None)
     if free is not None:
         function.name = free

@@ -1,8 +1,8 @@
 """Which weights become zero: patterns, criteria by name, and the place where plugins add theirs.
 
-A criterion is a function `(weight, task) -> (mask, weight)` of one layer: weight float32 [outputs, inputs], mask bool of that shape,
-True where a weight stays, and the weights to keep, which may have been updated to make up for those that go. `choose` makes the mask
-of any scores; data-driven criteria take what they measured from `task.statistics`.
+A criterion is a function `(weight, task) -> (mask, weight)` of one layer: weight float32 [outputs, inputs], mask bool of that
+shape, True where a weight stays, and the weights to keep, which may have been updated to make up for those that go. `choose` makes
+the mask of any scores; data-driven criteria take what they measured from `task.statistics`.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def parse_pattern(text: str) -> Pattern:
 def block_scores(scores: np.ndarray, pattern: Pattern) -> np.ndarray:
     """The mean over each block, float64 [outputs / rows, inputs / columns]."""
     (n, k), rows, columns = scores.shape, pattern.rows, pattern.columns
-    return scores.reshape(n // rows, rows, k // columns, columns).mean((1, 3), dtype=np.float64)
+    return np.asarray(scores.reshape(n // rows, rows, k // columns, columns).mean((1, 3), dtype=np.float64))
 
 
 def _lowest(scores: np.ndarray, count: int) -> np.ndarray:
@@ -136,7 +136,7 @@ def global_ratios(weights: Sequence[np.ndarray], pattern: Pattern, ratio: float)
     for weight in weights:
         blocks = np.sort(block_scores(np.square(weight, dtype=np.float64), pattern).reshape(-1))
         tail = np.cumsum(blocks[::-1])[::-1]
-        scores.append(np.divide(blocks, tail, out=np.zeros_like(blocks), where=tail > 0) * 1.0)
+        scores.append(np.divide(blocks, tail, out=np.zeros_like(blocks), where=tail > 0))
     sizes = [s.size for s in scores]
     # a block stands for rows x columns weights in every layer, so blocks count alike
     order = np.argsort(np.concatenate(scores), kind="stable")

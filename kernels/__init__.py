@@ -1,7 +1,7 @@
 """Numba kernels and their plain numpy references. Importing this package does not import Numba: the kernel modules do.
 
 `graphopt.kernels.qgemm`, `qconv`, `qadd`, `qmul`, `qpool`, `QGemm`, `QConv` and `DynamicGemm` run the INT8 kernels on numpy arrays,
-`NBitsGemm` those of 4-bit weights.
+`NBitsGemm` those of 4-bit weights, `SparseGemm` and `SparseConv` float32 ones with sparse weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if __name__ != "graphopt.kernels":
 
 FUNCTIONS = dict.fromkeys(
     ("DynamicGemm", "QConv", "QGemm", "Scale", "qadd", "qconv", "qgemm", "qmul", "qpool", "quantise_rows"), "functions"
-) | {"NBitsGemm": "nbits"}
+) | {"NBitsGemm": "nbits", "SparseConv": "sparse_functions", "SparseGemm": "sparse_functions"}
 """What this package gives, and the module that has it."""
 
 

@@ -50,7 +50,7 @@ def _finish(b: Builder, value: Value, low: Value, high: Value) -> Value:
 
 
 def spmm(isa: Isa, rows: int, width: int, residual: bool) -> Any:
-    """void(S, x, y, r, n0, n1): block rows [n0, n1) of `width` vectors of pixels, which begin at x (input), y (output), r (residual).
+    """void(S, x, y, r, n0, n1): block rows [n0, n1) of `width` vectors of pixels from x (input), y (output), r (residual) on.
 
     S_DX, S_DY: bytes from one vector to the next in the input, and in output and residual; S_CHANNEL: bytes from one output channel
     to the next; S_STARTS: int32 [block rows + 1]; S_OFFSETS: int32, bytes from x to the input of each block; S_VALUES: float32
@@ -111,7 +111,7 @@ def dot(isa: Isa, rows: int) -> Any:
         low, high = (load(b, limits, F32, 4 * i) for i in range(2))
         if rows > 1:
             low, high = splat(b, low, rows), splat(b, high, rows)
-        zero = const(0.0, F32) if rows == 1 else ir.Constant(kind, None)
+        zero = ir.Constant(kind, 0.0 if rows == 1 else None)
 
         def block_row(n: Value, _: list[Value]) -> list[Value]:
             place = b.mul(n, const(4 * rows))
@@ -159,7 +159,7 @@ def transpose(isa: Isa) -> Any:
 
 
 def line(isa: Isa, step: int) -> Any:
-    """void(target, source, count): target[i] = source[i * step] of floats, step 1 or 2; nothing beyond the last is read or written."""
+    """void(target, source, count): target[i] = source[i * step] of floats, step 1 or 2; nothing beyond the last is touched."""
     lanes, kind = isa.lanes, vector(F32, isa.lanes)
 
     def part(b: Builder, target: Value, source: Value, i: Value) -> None:

@@ -241,7 +241,7 @@ def family(
     exports: Callable[[str], Sequence[Export]] | None = None,
     prefix: str = "Int8Region",
 ) -> Family:
-    """Int8Region0 ... (or another `prefix`) on an engine: `make_engine(isa)` gives its functions for each of these instruction sets.
+    """Int8Region0 ... (or another `prefix`) on an engine: `make_engine(isa)` gives its functions for each of these rungs.
 
     `sources` are the files that the engine is made of (`specialise.package_sources()`): cached code is bound to their content.
     `name` tells engines apart that live in one process. `exports(isa)` are the C functions that the engine's functions call by

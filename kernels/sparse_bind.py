@@ -138,7 +138,8 @@ def set_offsets(handle: int, instance: int) -> int:
     put(instance, I_OFFSETS, offsets)
     kw, taps = get(plan, P_KW), get(plan, P_KH) * get(plan, P_KW)
     sh, sw, ph, pw = get(plan, P_SH), get(plan, P_SW), get(instance, I_PH), get(instance, I_PW)
-    copied, pitch, starts = get(instance, I_MODE) == PADDED or get(instance, I_MODE) == FLAT, get(instance, I_PITCH), get(handle, H_STARTS)
+    copied = get(instance, I_MODE) == PADDED or get(instance, I_MODE) == FLAT
+    pitch, starts = get(instance, I_PITCH), get(handle, H_STARTS)
     rows = get(plan, P_OUT) // get(handle, H_ROWS)
     for slot in range(rows * get(handle, H_CHUNKS)):
         n = slot % rows
@@ -292,7 +293,9 @@ def bind_conv(handle: int, instance: int, inputs: int, shape: int, error: int) -
         return 0
     most = widest(handle)
     if get(instance, I_MODE) != PADDED:
-        made = tile_lines(instance, 1, oh * ow if get(instance, I_MODE) == DIRECT else get(instance, I_CHANNEL) // 4, 0, lanes, most)
+        made = tile_lines(
+            instance, 1, oh * ow if get(instance, I_MODE) == DIRECT else get(instance, I_CHANNEL) // 4, 0, lanes, most
+        )
     elif oh > 1 and ow < most * lanes:
         made = tile_down(instance, oh, ow, get(instance, I_PW), lanes, most)
     else:
@@ -301,9 +304,19 @@ def bind_conv(handle: int, instance: int, inputs: int, shape: int, error: int) -
         return fail(error, text("no memory for the tiles"), -1, oh * ow)
     set_parts(handle, instance, oh * ow)
     # tiles that share pixels must not run at once where they are summed up in the output, or where they share a copied channel
-    shared = get(instance, I_DEPTHWISE) == 1 or get(instance, I_MODE) == FLAT or (get(handle, H_CHUNKS) > 1 and oh * ow % lanes != 0)
-    put(instance, I_OVERLAP, 1 if shared else 0)
+    summed = get(handle, H_CHUNKS) > 1 and oh * ow % lanes != 0
+    put(instance, I_OVERLAP, 1 if summed or get(instance, I_DEPTHWISE) == 1 or get(instance, I_MODE) == FLAT else 0)
     put(instance, I_COPIES, max(1, min(min(MAX_PARTS, get(plan, P_IN)), floats // (PART_WORK // 8))))
+    return 1
+
+
+def check_residual(other: int, shape: int, error: int) -> int:
+    """It must have the shape of the output."""
+    if get(other, R_RANK) != get(shape, R_RANK):
+        return fail(error, text("the residual must have the shape of the output; its rank is"), -1, get(other, R_RANK))
+    for axis in range(get(shape, R_RANK)):
+        if get(other, R_DIMS + axis) != get(shape, R_DIMS + axis):
+            return fail(error, text("the residual must have the shape of the output; not so on axis"), -1, axis)
     return 1
 
 
@@ -330,16 +343,10 @@ def bind(handle: int, instance: int, inputs: int, error: int) -> int:
         return 0
     if set_offsets(handle, instance) == 0:
         return fail(error, text("no memory for the offsets"), -1, 0)
-    if activations == 2:
-        other = inputs + 8 * TENSOR_RECORD
-        if get(other, R_RANK) != get(shape, R_RANK):
-            return fail(error, text("the residual must have the shape of the output; its rank is"), -1, get(other, R_RANK))
-        for axis in range(get(shape, R_RANK)):
-            if get(other, R_DIMS + axis) != get(shape, R_DIMS + axis):
-                return fail(error, text("the residual must have the shape of the output; not so on axis"), -1, axis)
-    return 1
+    return check_residual(inputs + 8 * TENSOR_RECORD, shape, error) if activations == 2 else 1
 
 
 TEMPLATES = (
-    widest, set_tile, tile_lines, tile_down, set_offsets, set_parts, bind_rows, out_size, capped, set_mode, conv_memory, bind_conv, bind,
+    widest, set_tile, tile_lines, tile_down, set_offsets, set_parts, bind_rows, out_size, capped, set_mode, conv_memory, bind_conv,
+    check_residual, bind,
 )  # fmt: skip

@@ -7,7 +7,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from graphopt.kernels.engine_state import H_ACTIVATIONS, R_DATA, R_DIMS, R_RANK, R_TYPE, TENSOR_RECORD, fail, get, own, put, release_all
+from graphopt.kernels.engine_state import (
+    H_ACTIVATIONS,
+    R_DATA,
+    R_DIMS,
+    R_RANK,
+    R_TYPE,
+    TENSOR_RECORD,
+    fail,
+    get,
+    own,
+    put,
+    release_all,
+)
 from graphopt.kernels.memory import copy, fill, free, ld32, ldf, ldu8, malloc, st32, stf, text
 from graphopt.kernels.sparse_plan import (
     CONV,
@@ -78,7 +90,9 @@ def check_plan(plan: int, plan_len: int, scales: int, n_scales: int, error: int)
         return fail(error, text("channels of the plan are out of range"), -1, get(plan, P_OUT))
     if outside(plan, P_KH, P_DH + 1, 1, MAX_WINDOW) >= 0 or outside(plan, P_PT, P_PR, 0, MAX_WINDOW) >= 0:
         return fail(error, text("kernel, strides, dilations or pads are out of range"), -1, get(plan, P_KH))
-    if get(plan, P_KIND) == ROWS and (outside(plan, P_KH, P_DH + 1, 1, 1) >= 0 or outside(plan, P_PT, P_PR, 0, 0) >= 0 or get(plan, P_GROUPS) != 1):
+    if get(plan, P_KIND) == ROWS and (
+        outside(plan, P_KH, P_DH + 1, 1, 1) >= 0 or outside(plan, P_PT, P_PR, 0, 0) >= 0 or get(plan, P_GROUPS) != 1
+    ):
         return fail(error, text("a product of rows has no window"), -1, get(plan, P_KH))
     rows, columns = get(plan, P_ROWS), get(plan, P_COLUMNS)
     if not ((rows == 1 or rows == 4 or rows == 16) and (columns == 1 or columns == 4)):
@@ -176,13 +190,16 @@ def arrange(handle: int, values: int, gaps: int, blocks: int, counting: int) -> 
                         stf(get(handle, H_VALUES) + 4 * (index * kernel_rows + r), ldf(source + 4 * columns * r))
 
 
-def set_chunks(handle: int, plan: int, kernel_rows: int) -> None:
-    """Cut the columns into chunks, as equal as can be. Not those of larger kernels, whose taps share their pixels."""
+def set_chunks(handle: int, plan: int, kernel_rows: int, weights: int) -> None:
+    """Cut the columns into chunks, as equal as can be. Not those of larger kernels, whose taps share their pixels.
+
+    Where there are few of the `weights` in each row, sums are not interrupted so often.
+    """
     wide = across(plan)
     most = CHUNK_1 if kernel_rows == 1 else CHUNK_4
     count = 1
     if get(plan, P_KH) * get(plan, P_KW) == 1 and get(plan, P_GROUPS) == 1:
-        count = (wide + most - 1) // most
+        count = max(1, min((wide + most - 1) // most, weights // (4 * get(plan, P_OUT))))
     size = (wide + count - 1) // count
     put(handle, H_CHUNK, size)
     put(handle, H_CHUNKS, (wide + size - 1) // size)
@@ -191,8 +208,8 @@ def set_chunks(handle: int, plan: int, kernel_rows: int) -> None:
 def fill_sparse(handle: int, plan: int, scales: int, consts: int, error: int) -> int:
     """Copy and arrange everything."""
     outputs = get(plan, P_OUT)
-    kernel_rows = 1 if get(plan, P_ROWS) == 1 else 4
-    set_chunks(handle, plan, kernel_rows)
+    kernel_rows, blocks = 1 if get(plan, P_ROWS) == 1 else 4, get(consts + 8 * TENSOR_RECORD, R_DIMS)
+    set_chunks(handle, plan, kernel_rows, blocks * get(plan, P_ROWS) * get(plan, P_COLUMNS))
     slots = outputs // kernel_rows * get(handle, H_CHUNKS)
     kept, starts = own(handle, 8 * PLAN), own(handle, 4 * (slots + 2))
     bias, limits, zeros = own(handle, 4 * outputs), own(handle, 16), own(handle, 4 * outputs)
@@ -216,7 +233,6 @@ def fill_sparse(handle: int, plan: int, scales: int, consts: int, error: int) ->
     put(handle, H_ROWS, kernel_rows)
     put(handle, H_ACTIVATIONS, get(plan, P_ACTIVATIONS))
     values, gaps = get(consts, R_DATA), get(consts + 8 * TENSOR_RECORD, R_DATA)
-    blocks = get(consts + 8 * TENSOR_RECORD, R_DIMS)
     arrange(handle, values, gaps, blocks, 1)
     # counts stand one entry late; where each row of blocks begins is their running sum, and writing moves it to where the next does
     total = 0
@@ -253,4 +269,6 @@ def create_for(
 
 
 assert CONV == 1  # check_plan: kinds are 0 and 1
-TEMPLATES = (outside, across, check_plan, check_shape, check_finite, check_weights, any_weight, arrange, set_chunks, fill_sparse, create_for)
+TEMPLATES = (
+    outside, across, check_plan, check_shape, check_finite, check_weights, any_weight, arrange, set_chunks, fill_sparse, create_for,
+)  # fmt: skip

@@ -32,7 +32,7 @@ def create(plan: int, plan_len: int, scales: int, n_scales: int, consts: int, n_
     return create_for(plan, plan_len, scales, n_scales, consts, n_consts, error, LANES)
 
 
-SHARED = (
+SHARED: tuple[Any, ...] = (
     regions.destroy_instance, regions.destroy, regions.same_shapes, regions.take_idle, regions.acquire, regions.release,
     regions.output_shape, regions.output_type,
 )  # fmt: skip
@@ -70,4 +70,3 @@ def engine(isa: str) -> Engine:
 def exports(isa: str) -> list[Export]:
     """The C functions of the engine for one rung."""
     return [*common()[0], *_rung(isa)[0]]
-

@@ -56,7 +56,7 @@ class SparseGemm(_Sparse):
 
 
 class SparseConv(_Sparse):
-    """float32 [N, C, H, W] (or [N, C, W]) convolved with a weight [O, C / groups, KH, KW]; blocks as in the matrix [O, C / groups * KH * KW].
+    """float32 [N, C, H, W] (or [N, C, W]) convolved with a weight [O, C / groups, KH, KW]; blocks as in its matrix [O, -1].
 
     `pads`: top, left, bottom, right. Else as SparseGemm.
     """

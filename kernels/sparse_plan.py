@@ -1,9 +1,9 @@
 """What a node `graphopt.SparseLayer<n>` computes, and how its weights are stored: no Numba here.
 
 A weight matrix [outputs, inputs] is cut into blocks of `rows` x `columns`. Of the blocks that are not all zero, `values`
-(float32 [blocks, rows * columns]) has the weights, row by row, and `gaps` (uint8 [blocks]) how far each lies behind the one before it,
-counted in blocks along the rows of blocks, the first from -1: so 1 means right behind. Where a gap is above 255, blocks of zeros
-stand in between. The same arrays serve every kernel: it arranges them for its CPU when the session is made.
+(float32 [blocks, rows * columns]) has the weights, row by row, and `gaps` (uint8 [blocks]) how far each lies behind the one before
+it, counted in blocks along the rows of blocks, the first from -1: so 1 means right behind. Where a gap is above 255, blocks of
+zeros stand in between. The same arrays serve every kernel: it arranges them for its CPU when the session is made.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ MAX_CHANNELS = 1 << 20
 MAX_WINDOW = 1 << 12  # of kernel, strides, dilations and pads
 
 # slots of the attribute `plan`; PLAN_ACTIVATIONS is where kernels/region.py looks for it
-(P_MAGIC, P_VERSION, P_KIND, P_BIAS, P_ACTIVATIONS, P_OUT, P_IN, P_KH, P_KW, P_SH, P_SW, P_DH, P_DW, P_PT, P_PL, P_PB, P_PR, P_GROUPS,
- P_ROWS, P_COLUMNS) = range(20)  # fmt: skip
+(P_MAGIC, P_VERSION, P_KIND, P_BIAS, P_ACTIVATIONS, P_OUT, P_IN, P_KH, P_KW, P_SH, P_SW, P_DH, P_DW, P_PT, P_PL, P_PB, P_PR,
+ P_GROUPS, P_ROWS, P_COLUMNS) = range(20)  # fmt: skip
 PLAN = 20
 
 
@@ -44,7 +44,8 @@ class Window:
 class SparsePlan:
     """Inputs of the node: x, the residual if there is one, values, gaps, the bias if there is one.
 
-    y = min(max(W x + bias + residual, low), high); `inputs` are channels: the matrix has inputs / groups * kernel columns, as in OIHW.
+    y = min(max(W x + bias + residual, low), high); `inputs` are channels: the matrix has inputs / groups * kernel
+    columns, as in OIHW.
     """
 
     kind: int
@@ -76,7 +77,17 @@ class SparsePlan:
     def encode(self) -> list[int]:
         """The attribute `plan`."""
         w = self.window
-        numbers = (self.activations, self.outputs_, self.inputs, *w.kernel, *w.strides, *w.dilations, *w.pads, w.groups, *self.block)
+        numbers = (
+            self.activations,
+            self.outputs_,
+            self.inputs,
+            *w.kernel,
+            *w.strides,
+            *w.dilations,
+            *w.pads,
+            w.groups,
+            *self.block,
+        )
         return [MAGIC, VERSION, self.kind, int(self.bias), *numbers]
 
 

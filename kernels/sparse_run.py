@@ -36,7 +36,6 @@ from graphopt.kernels.sparse_state import (
     I_OW,
     I_PARTS,
     I_PH,
-    I_PITCH,
     I_PW,
     I_SCRATCH,
     I_SLOT,

@@ -19,6 +19,7 @@ from graphopt.sparse_choice import MARGIN, Choice, apply, by_measuring, by_table
 from graphopt.sparse_layers import Block, Layer, Site, find_layers
 
 NAME = "compile-sparse"
+SURE = 1.5  # gain by itself that is expected to last among dense neighbours
 
 
 @register(NAME, exact=True, after=("sparsify", "prune-channels", "fold-bn", "fold-scales"))
@@ -139,15 +140,14 @@ def _measured(model: Model, context: Context, site: Site, usable: Sequence[Layer
 
 def _symbols(model: Model, feed: Mapping[str, np.ndarray]) -> dict[str, int]:
     specs = [s for s in input_specs(model.interface()) if s.shape is not None and s.name in feed]
-    return {
-        dim: int(size) for s in specs for dim, size in zip(s.shape or (), feed[s.name].shape, strict=True) if isinstance(dim, str)
-    }
+    pairs = [pair for s in specs for pair in zip(s.shape or (), feed[s.name].shape, strict=True)]
+    return {dim: int(size) for dim, size in pairs if isinstance(dim, str)}
 
 
 def _judged(
     model: Model, context: Context, usable: Sequence[Layer], choices: list[Choice], feed: dict[str, np.ndarray] | None
 ) -> list[Choice]:
-    """What is faster in the whole model: all chosen layers, these and grouped convolutions in the same layout, the surest, or none."""
+    """What is faster in the whole model: all chosen layers, with grouped convolutions in the same layout, the surest, or none."""
     chosen = {c.layer: c.block for c in choices if c.block is not None}
     if not chosen or feed is None:
         return choices
@@ -173,9 +173,5 @@ def _after(layer: Layer, choice: Choice, best: Mapping[str, Block]) -> Choice:
     if block is None:
         return replace(choice, block=None, why="the whole model is faster without it")
     stored = next(f.stored for f in forms(layer) if f.block == block)
-    return replace(
-        choice, block=block, stored=stored, why="dense, but in the layout of its neighbours: the whole model is faster so"
-    )
-
-
-SURE = 1.5  # gain by itself that is expected to last among dense neighbours
+    why = "dense, but in the layout of its neighbours: the whole model is faster so"
+    return replace(choice, block=block, stored=stored, why=why)

@@ -82,11 +82,11 @@ def _choose(
             f"at most {THIN} input channels a group": not thin and layer.inputs // layer.window.groups <= THIN,
             cut.misfit(matrix): bool(cut.misfit(matrix)),
         }
-        reason = next((reason for reason, applies in checks.items() if applies), None)
-        if reason is None:
-            chosen.append(layer)
+        against = [reason for reason, applies in checks.items() if applies]
+        if against:
+            context.reject(layer.node, against[0])
         else:
-            context.reject(layer.node, reason)
+            chosen.append(layer)
     return chosen
 
 
