@@ -35,7 +35,7 @@ def compile_sparse(
 
     - choose: measure times each layer dense and sparse on this machine, one thread, then the whole model, and keeps what is faster;
       table decides by density alone, for models that will run elsewhere.
-    - layers: what was decided before, as in `recipe` of the report: name=rows x columns of a block, as layers=conv1=4x1,conv2=1x1.
+    - layers: what was decided before, as in `recipe` of the report: name=block, as layers='conv1=4x1,conv2=1x1'.
       Nothing else is changed, and nothing measured.
     - sizes: of dynamic axes while measuring, as sizes=sequence=128; default: of the first calibration row, else nominal ones.
 
