@@ -87,6 +87,16 @@ def prepare_library(
     return check_library(folder, chosen, content, overwrite=overwrite), content
 
 
+def _sparse_lines(report: Report) -> list[str]:
+    """What compile-sparse made, in one line; the report has every layer and why."""
+    facts: dict[str, Any] = next((dict(p.facts) for p in reversed(report.passes) if p.name == "compile-sparse"), {})
+    layers = facts.get("layers", ())
+    taken = [row for row in layers if row["format"] != "dense"]
+    return (
+        [f"sparse: {len(taken)} of {len(layers)} layers (see --report for the format, gain and reason of each)"] if layers else []
+    )
+
+
 def region_lines(report: Report) -> list[str]:
     """One line a region, how they were chosen, what ran them, and why other nodes stayed outside."""
     facts: dict[str, Any] = next((dict(p.facts) for p in reversed(report.passes) if p.facts.get("boundaries")), {})
@@ -104,6 +114,7 @@ def region_lines(report: Report) -> list[str]:
     if chosen["candidates"]:
         whole = f"; the whole model: {chosen['speed']:.2f}x" if chosen["speed"] else ""
         lines.append(f"regions chosen: {chosen['how']} ({chosen['why']}){whole}; the same again: {chosen['recipe']}")
+    lines += _sparse_lines(report)
     outside = facts.get("outside", ())
     lines += [f"outside: {row['count']} {row['op']}: {row['reason']}" for row in outside[:_REASONS]]
     if len(outside) > _REASONS:

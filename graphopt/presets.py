@@ -36,6 +36,10 @@ PRESETS: dict[str, Preset] = {
         "fold, then units removed and layers repaired until 80 % of the MACs stay, or `prune macs=0.6` (needs calibration data)",
         options_of="prune-search",
     ),
+    "sparse": Preset(
+        "fold, sparsify ratio=0.8, compile-sparse",
+        "fold, four of five weights made zero, and stored and run sparse where that is faster (give --target ort-cpu+graphopt)",
+    ),
     "prune-int8": Preset(
         "fold, prune-search macs=0.8, cleanup, quantize",
         "the same, then INT8",

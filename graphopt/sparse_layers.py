@@ -73,6 +73,7 @@ class Site:
     model: Model
     shapes: Shapes
     wiring: Wiring
+    taken: set[int] = field(default_factory=set)  # id() of nodes that a layer has behind it: a sum of two layers is of the first
 
 
 @dataclass
@@ -86,6 +87,7 @@ class Found:
 def find_layers(site: Site) -> Found:
     """The layers of the main graph."""
     found = Found()
+    site.taken.clear()
     for node in site.model.graph.nodes:
         rule = None if node.domain else _RULES.get(node.op)
         if rule is None or len(node.inputs) < 2 or not isinstance(node.inputs[1], gs.Constant):
@@ -168,6 +170,7 @@ def _grown(site: Site, layer: Layer) -> Layer:
     """The layer with the bias, the residual and the limits behind it."""
     for step in (_with_bias, _with_residual, _with_limits):
         layer = step(site, layer)
+    site.taken.update(id(n) for n in layer.nodes)
     return layer
 
 
@@ -175,7 +178,8 @@ def _next(site: Site, layer: Layer, *ops: str) -> gs.Node | None:
     """The only reader of the layer's output, if it is one of these in the main graph."""
     node = only_user(layer.output, site.wiring)
     inside = node is not None and site.wiring.home.get(id(node)) == id(site.model.graph)
-    return node if node is not None and inside and not node.domain and node.op in ops else None
+    fits = node is not None and inside and not node.domain and node.op in ops and id(node) not in site.taken
+    return node if fits else None
 
 
 def _other(node: gs.Node, tensor: gs.Tensor) -> gs.Tensor:

@@ -222,7 +222,7 @@ ORT_CPU_NO_VNNI = replace(
 ORT_CPU_GRAPHOPT = replace(
     ORT_CPU,
     name="ort-cpu+graphopt",
-    summary="onnxruntime on any CPU with graphopt's library, which runs the regions that compile-int8 makes",
+    summary="onnxruntime on any CPU with graphopt's library, which runs what compile-int8 and compile-sparse make",
     ops=_GRAPHOPT,
     dot_products=False,
     why={

@@ -34,7 +34,7 @@ def compile_sparse(
     """Layers that run faster with sparse weights become nodes of graphopt's library; returns their number.
 
     - choose: measure times each layer dense and sparse on this machine, one thread, then the whole model, and keeps what is faster;
-      table decides by density alone, for models that will run elsewhere.
+      table decides by density alone, for models that will run elsewhere (always so where the target is not onnxruntime).
     - layers: what was decided before, as in `recipe` of the report: name=block, as layers='conv1=4x1,conv2=1x1'.
       Nothing else is changed, and nothing measured.
     - sizes: of dynamic axes while measuring, as sizes=sequence=128; default: of the first calibration row, else nominal ones.
@@ -50,7 +50,7 @@ def compile_sparse(
     usable = [layer for layer in found.layers if _finite(layer, context)]
     if layers:
         choices = _given(usable, layers)
-    elif choose == "table":
+    elif choose == "table" or (context.target is not None and not context.target.onnxruntime):
         static = static_shapes(model, _sizes(sizes))
         choices = [by_table(layer, _pixels(layer, static)) for layer in usable]
     else:

@@ -115,13 +115,7 @@ def damage(rng: np.random.Generator, row: list[int], scales: list[float], consta
     elif what == 5:
         index = int(rng.integers(0, len(constants)))
         old = constants[index]
-        choices = [
-            old[: len(old) // 2],
-            old[..., None],
-            np.zeros(old.shape, np.int32),
-            np.zeros((0, *old.shape[1:]), old.dtype),
-            old[:1],
-        ]
+        choices = [old[: len(old) // 2], old[..., None], np.zeros(old.shape, np.int32), old[:0], old[:1]]
         constants[index] = choices[int(rng.integers(0, len(choices)))]
     elif what == 6:
         scales[int(rng.integers(0, 2))] = float(rng.choice(FLOATS))

@@ -150,6 +150,18 @@ def test_an_intermediate_that_is_read_elsewhere_stays() -> None:
     judge(proto, after, x=RNG.normal(size=(1, 16, 9, 9)).astype(np.float32))
 
 
+def test_a_sum_of_two_layers_is_of_one() -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], "one"),
+        helper.make_node("Conv", ["x", "v"], ["b"], "two"),
+        helper.make_node("Add", ["a", "b"], ["c"], "add"),
+        helper.make_node("Relu", ["c"], ["y"], "relu"),
+    ]
+    proto = model(nodes, {"w": sparse(8, 8, 1, 1), "v": sparse(8, 8, 1, 1)}, ["N", 8, 5, 5], ["N", 8, 5, 5])
+    for layers in (("one=1x1",), ("two=1x1",), ("one=1x1", "two=4x1")):
+        judge(proto, compiled(proto, *layers), x=RNG.normal(size=(2, 8, 5, 5)).astype(np.float32))
+
+
 def test_a_sum_that_broadcasts_is_no_residual() -> None:
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["a"], "c"),
