@@ -6,7 +6,7 @@ channel-major: the pixels of a channel lie one after the other, so that each wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -22,6 +22,7 @@ from graphopt.kernels.vectors import (
     lanewise,
     load,
     load_index,
+    local,
     loop,
     procedure,
     scaled,
@@ -32,9 +33,9 @@ from graphopt.kernels.vectors import (
 )
 
 # slots of the record S that the kernels read
-(S_DX, S_DY, S_CHANNEL, S_STARTS, S_OFFSETS, S_VALUES, S_BIAS, S_LIMITS) = range(8)
-RECORD = 8
-WIDTHS = {1: (8, 4, 2, 1), 4: (3, 2, 1)}  # vectors of pixels abreast, by rows of a block: what sixteen registers hold
+(S_DX, S_DY, S_CHANNEL, S_STARTS, S_OFFSETS, S_VALUES, S_BIAS, S_LIMITS, S_LAST_X, S_LAST_Y) = range(10)
+RECORD = 10
+WIDTHS = {1: 8, 4: 3}  # most vectors of pixels abreast, by rows of a block: what sixteen registers hold
 
 
 def multiply_add(b: Builder, isa: Isa, x: Value, y: Value, z: Value) -> Value:
@@ -49,18 +50,45 @@ def _finish(b: Builder, value: Value, low: Value, high: Value) -> Value:
     return b.select(b.fcmp_ordered(">", value, high), high, value)
 
 
-def spmm(isa: Isa, rows: int, width: int, residual: bool) -> Any:
-    """void(S, x, y, r, n0, n1): block rows [n0, n1) of `width` vectors of pixels from x (input), y (output), r (residual) on.
+def spmm(isa: Isa, rows: int) -> Any:
+    """void(S, x, y, r, n0, n1, width): block rows [n0, n1) of `width` vectors of pixels from x (input) and y (output) on.
 
-    S_DX, S_DY: bytes from one vector to the next in the input, and in output and residual; S_CHANNEL: bytes from one output channel
-    to the next; S_STARTS: int32 [block rows + 1]; S_OFFSETS: int32, bytes from x to the input of each block; S_VALUES: float32
-    [blocks][rows]; S_BIAS: float32 [block rows * rows]; S_LIMITS: float32 low, high.
+    r: the residual, or 0; it may be the output. S_DX, S_DY: bytes from one vector to the next in the input, and in output and
+    residual; S_LAST_X, S_LAST_Y: from the first vector to the last; S_CHANNEL: from one output channel to the next. S_STARTS: int32
+    [block rows + 1]; S_OFFSETS: int32, bytes from x to the input of each block; S_VALUES: float32 [blocks][rows]; S_BIAS: float32
+    [block rows * rows]; S_LIMITS: float32 low, high.
     """
+
+    def emit(b: Builder, *arguments: Value) -> None:
+        *given, width = arguments
+        none = b.icmp_signed("==", given[3], const(0))
+        done, unknown = b.append_basic_block("done"), b.append_basic_block("unknown")
+        choice = b.switch(width, unknown)
+        for w in range(1, WIDTHS[rows] + 1):
+            block = b.append_basic_block(f"width{w}")
+            choice.add_case(const(w), block)
+            b.position_at_end(block)
+            with b.if_else(none) as (plain, summed):
+                for branch, residual in ((plain, False), (summed, True)):
+                    with branch:
+                        name = f"graphopt_spmm_{isa.name}_{rows}x{w}{'_sum' * residual}"
+                        b.call(local(b, name, [I64] * 6, ir.VoidType(), _tile(isa, rows, w, residual)), given)
+            b.branch(done)
+        b.position_at_end(unknown)
+        b.branch(done)
+        b.position_at_end(done)
+
+    return procedure(f"graphopt_spmm_{isa.name}_{rows}", 7, emit)
+
+
+def _tile(isa: Isa, rows: int, width: int, residual: bool) -> Callable[..., None]:
     lanes, kind = isa.lanes, vector(F32, isa.lanes)
 
     def emit(b: Builder, record: Value, x: Value, y: Value, r: Value, n0: Value, n1: Value) -> None:
-        dx, dy, channel, starts, offsets, values, bias, limits = (load(b, record, I64, 8 * i) for i in range(RECORD))
-        inputs = [b.add(x, b.mul(dx, const(v))) for v in range(width)]
+        fields = [load(b, record, I64, 8 * i) for i in range(RECORD)]
+        dx, dy, channel, starts, offsets, values, bias, limits, last_x, last_y = fields
+        inputs = [b.add(x, b.mul(dx, const(v)) if v < width - 1 or not v else last_x) for v in range(width)]
+        places = [b.mul(dy, const(v)) if v < width - 1 or not v else last_y for v in range(width)]
         low, high = (splat(b, load(b, limits, F32, 4 * i), lanes) for i in range(2))
 
         def product(j: Value, acc: list[Value]) -> Sequence[Value]:
@@ -79,17 +107,18 @@ def spmm(isa: Isa, rows: int, width: int, residual: bool) -> Any:
             acc = loop(b, start, stop, 1, acc, product)
             place = b.mul(b.mul(n, const(rows)), channel)
             for i in range(rows):
-                for v in range(width):
-                    at = b.add(b.add(place, b.mul(channel, const(i))), b.mul(dy, const(v)))
-                    value = acc[i * width + v]
-                    if residual:
-                        value = b.fadd(value, load(b, b.add(r, at), kind))
-                    store(b, _finish(b, value, low, high), b.add(y, at))
+                row = b.add(place, b.mul(channel, const(i)))
+                results = acc[i * width : (i + 1) * width]
+                if residual:  # all are read before any is written: the last vectors may overlap, and r be y
+                    before = [load(b, b.add(r, b.add(row, at)), kind) for at in places]
+                    results = [b.fadd(value, other) for value, other in zip(results, before, strict=True)]
+                for value, at in zip(results, places, strict=True):
+                    store(b, _finish(b, value, low, high), b.add(y, b.add(row, at)))
             return []
 
         loop(b, n0, n1, 1, [], block_row)
 
-    return procedure(f"graphopt_spmm_{isa.name}_{rows}x{width}{'_sum' * residual}", 6, emit)
+    return emit
 
 
 def dot(isa: Isa, rows: int) -> Any:
@@ -107,7 +136,7 @@ def dot(isa: Isa, rows: int) -> Any:
     fused = bool(isa.features & {"fma", "neon"})
 
     def emit(b: Builder, record: Value, x: Value, y: Value, r: Value, n0: Value, n1: Value) -> None:
-        starts, offsets, values, bias, limits = (load(b, record, I64, 8 * i) for i in range(S_STARTS, RECORD))
+        starts, offsets, values, bias, limits = (load(b, record, I64, 8 * i) for i in range(S_STARTS, S_LIMITS + 1))
         low, high = (load(b, limits, F32, 4 * i) for i in range(2))
         if rows > 1:
             low, high = splat(b, low, rows), splat(b, high, rows)

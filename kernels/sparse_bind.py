@@ -85,32 +85,33 @@ def widest(handle: int) -> int:
     return 8 if get(handle, H_ROWS) == 1 else 3
 
 
-def set_tile(instance: int, x: int, y: int, vectors: int) -> None:
-    """One more tile."""
+def set_tile(instance: int, x: int, y: int, vectors: int, last: int) -> None:
+    """One more tile; last: pixels from its first vector to its last, or -1 where that lies as the others do."""
     index = get(instance, I_TILE_COUNT)
     tile = get(instance, I_TILES) + 8 * TILE * index
     put(tile, 0, 4 * x)
     put(tile, 1, 4 * y)
     put(tile, 2, vectors)
+    put(tile, 3, 4 * last if last >= 0 else -1)
     put(instance, I_TILE_COUNT, index + 1)
 
 
 def tile_lines(instance: int, lines: int, length: int, pitch: int, lanes: int, most: int) -> int:
-    """Tiles along lines of `length` pixels, `pitch` apart in the input; a last vector ends where the line does."""
-    tiles = own(instance, 8 * TILE * lines * (length // (lanes * most) + 2))
+    """Tiles along lines of `length` pixels, `pitch` apart in the input; the last vector ends where the line does."""
+    vectors = (length + lanes - 1) // lanes
+    count = (vectors + most - 1) // most
+    tiles = own(instance, 8 * TILE * lines * count)
     if tiles == 0:
         return 0
     put(instance, I_TILES, tiles)
     put(instance, I_DX, 4 * lanes)
     put(instance, I_DY, 4 * lanes)
     for line in range(lines):
-        x = 0
-        while x + lanes <= length:
-            vectors = min(most, (length - x) // lanes)
-            set_tile(instance, line * pitch + x, line * length + x, vectors)
-            x += vectors * lanes
-        if x < length:
-            set_tile(instance, line * pitch + length - lanes, line * length + length - lanes, 1)
+        for i in range(count):
+            first, behind = vectors * i // count, vectors * (i + 1) // count
+            x = min(first * lanes, length - lanes)
+            last = length - lanes - x if behind == vectors else -1
+            set_tile(instance, line * pitch + x, line * length + x, behind - first, last)
     return 1
 
 
@@ -125,7 +126,7 @@ def tile_down(instance: int, lines: int, length: int, pitch: int, lanes: int, mo
     for step in range((length + lanes - 1) // lanes):
         x = min(step * lanes, length - lanes)
         for first in range(0, lines, most):
-            set_tile(instance, first * pitch + x, first * length + x, min(most, lines - first))
+            set_tile(instance, first * pitch + x, first * length + x, min(most, lines - first), -1)
     return 1
 
 
@@ -304,7 +305,7 @@ def bind_conv(handle: int, instance: int, inputs: int, shape: int, error: int) -
         return fail(error, text("no memory for the tiles"), -1, oh * ow)
     set_parts(handle, instance, oh * ow)
     # tiles that share pixels must not run at once where they are summed up in the output, or where they share a copied channel
-    summed = get(handle, H_CHUNKS) > 1 and oh * ow % lanes != 0
+    summed = get(handle, H_CHUNKS) > 1 and get(instance, I_MODE) == PADDED and ow % lanes != 0
     put(instance, I_OVERLAP, 1 if summed or get(instance, I_DEPTHWISE) == 1 or get(instance, I_MODE) == FLAT else 0)
     put(instance, I_COPIES, max(1, min(min(MAX_PARTS, get(plan, P_IN)), floats // (PART_WORK // 8))))
     return 1

@@ -13,7 +13,7 @@ from graphopt.kernels import engine_state, sparse_bind, sparse_create, sparse_ru
 from graphopt.kernels.exports import Export
 from graphopt.kernels.externs import link
 from graphopt.kernels.isa import RUNGS
-from graphopt.kernels.micro_sparse import WIDTHS, dot, line, spmm, transpose
+from graphopt.kernels.micro_sparse import dot, line, spmm, transpose
 from graphopt.kernels.region import Engine
 from graphopt.kernels.sparse_state import I_SIZE
 
@@ -50,11 +50,8 @@ def _rung(name: str) -> tuple[list[Export], dict[str, Any]]:
     isa = RUNGS[name]
     scope: dict[str, Any] = {**common()[1], "LANES": isa.lanes, "square": transpose(isa)}
     scope |= {f"line{step}": line(isa, step) for step in (1, 2)}
-    for rows, widths in WIDTHS.items():
-        scope[f"dot_{NAMES[rows]}"] = dot(isa, rows)
-        for width in widths:
-            scope[f"{NAMES[rows]}{width}"] = spmm(isa, rows, width, False)
-            scope[f"{NAMES[rows]}{width}_sum"] = spmm(isa, rows, width, True)
+    for rows, label in NAMES.items():
+        scope |= {f"spmm_{label}": spmm(isa, rows), f"dot_{label}": dot(isa, rows)}
     scope |= {body.upper(): f"gk_{body}{SUFFIX}__{name}" for body in BODIES}
     parts, inner = link(sparse_run.PARTS, f"{SUFFIX}__{name}", scope)
     exports, externs = link([*sparse_run.TEMPLATES, create], f"{SUFFIX}__{name}", {**scope, **inner})

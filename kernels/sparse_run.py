@@ -7,7 +7,7 @@ from typing import Any
 from graphopt.kernels.abi import atomic_cas, atomic_store, parallel_for, stack64, symaddr
 from graphopt.kernels.engine_state import I_HANDLE, R_DATA, TENSOR_RECORD, get, put
 from graphopt.kernels.memory import ldf, stf
-from graphopt.kernels.micro_sparse import S_BIAS, S_CHANNEL, S_DX, S_DY, S_LIMITS, S_OFFSETS, S_STARTS, S_VALUES
+from graphopt.kernels.micro_sparse import S_BIAS, S_CHANNEL, S_DX, S_DY, S_LAST_X, S_LAST_Y, S_LIMITS, S_OFFSETS, S_STARTS, S_VALUES
 from graphopt.kernels.sparse_plan import P_ACTIVATIONS, P_DH, P_DW, P_IN, P_KH, P_KW, P_OUT, P_PL, P_PT, P_SH, P_SW
 from graphopt.kernels.sparse_state import (
     DIRECT,
@@ -56,81 +56,13 @@ from graphopt.kernels.sparse_state import (
 # given by the rung
 LANES = 1
 COPY_BODY, TILE_BODY, ROWS_BODY, SINGLE_BODY = "", "", "", ""
-one8: Any = None
-one4: Any = None
-one2: Any = None
-one1: Any = None
-one8_sum: Any = None
-one4_sum: Any = None
-one2_sum: Any = None
-one1_sum: Any = None
-four3: Any = None
-four2: Any = None
-four1: Any = None
-four3_sum: Any = None
-four2_sum: Any = None
-four1_sum: Any = None
+spmm_one: Any = None
+spmm_four: Any = None
 dot_one: Any = None
 dot_four: Any = None
 square: Any = None
 line1: Any = None
 line2: Any = None
-
-
-def span_one(s: int, x: int, y: int, r: int, vectors: int, n0: int, n1: int) -> None:
-    """Rows [n0, n1) of single weights; r: the residual, or 0."""
-    dx, dy, v = get(s, S_DX), get(s, S_DY), 0
-    while v < vectors:
-        rest, i, o = vectors - v, x + v * dx, y + v * dy
-        if rest >= 8:
-            if r == 0:
-                one8(s, i, o, 0, n0, n1)
-            else:
-                one8_sum(s, i, o, r + v * dy, n0, n1)
-            v += 8
-        elif rest >= 4:
-            if r == 0:
-                one4(s, i, o, 0, n0, n1)
-            else:
-                one4_sum(s, i, o, r + v * dy, n0, n1)
-            v += 4
-        elif rest >= 2:
-            if r == 0:
-                one2(s, i, o, 0, n0, n1)
-            else:
-                one2_sum(s, i, o, r + v * dy, n0, n1)
-            v += 2
-        else:
-            if r == 0:
-                one1(s, i, o, 0, n0, n1)
-            else:
-                one1_sum(s, i, o, r + v * dy, n0, n1)
-            v += 1
-
-
-def span_four(s: int, x: int, y: int, r: int, vectors: int, n0: int, n1: int) -> None:
-    """As `span_one`, of blocks of four rows."""
-    dx, dy, v = get(s, S_DX), get(s, S_DY), 0
-    while v < vectors:
-        rest, i, o = vectors - v, x + v * dx, y + v * dy
-        if rest >= 3 and rest != 4:
-            if r == 0:
-                four3(s, i, o, 0, n0, n1)
-            else:
-                four3_sum(s, i, o, r + v * dy, n0, n1)
-            v += 3
-        elif rest >= 2:
-            if r == 0:
-                four2(s, i, o, 0, n0, n1)
-            else:
-                four2_sum(s, i, o, r + v * dy, n0, n1)
-            v += 2
-        else:
-            if r == 0:
-                four1(s, i, o, 0, n0, n1)
-            else:
-                four1_sum(s, i, o, r + v * dy, n0, n1)
-            v += 1
 
 
 def single(rows: int, s: int, x: int, y: int, r: int, n0: int, n1: int) -> None:
@@ -147,9 +79,14 @@ def block_rows(handle: int) -> int:
     return outputs if get(handle, H_ROWS) == 1 else outputs // 4
 
 
-def multiply(handle: int, s: int, x: int, y: int, r: int, vectors: int, n0: int, n1: int) -> None:
-    """All chunks of a tile, one after the other: each adds to what those before left in the output."""
+def multiply(handle: int, s: int, x: int, y: int, r: int, vectors: int, last: int, n0: int, n1: int) -> None:
+    """All chunks of a tile, one after the other: each adds to what those before left in the output.
+
+    vectors: 0 for one row of features; last: bytes to the last vector, or -1 where it lies as the others do.
+    """
     chunks = get(handle, H_CHUNKS)
+    put(s, S_LAST_X, last if last >= 0 else (vectors - 1) * get(s, S_DX))
+    put(s, S_LAST_Y, last if last >= 0 else (vectors - 1) * get(s, S_DY))
     for c in range(chunks):
         put(s, S_STARTS, get(handle, H_STARTS) + 4 * c * block_rows(handle))
         put(s, S_BIAS, get(handle, H_BIAS) if c == 0 else get(handle, H_ZEROS))
@@ -158,9 +95,9 @@ def multiply(handle: int, s: int, x: int, y: int, r: int, vectors: int, n0: int,
         if vectors == 0:
             single(get(handle, H_ROWS), s, x, y, before if before != 0 else get(handle, H_ZEROS), n0, n1)
         elif get(handle, H_ROWS) == 1:
-            span_one(s, x, y, before, vectors, n0, n1)
+            spmm_one(s, x, y, before, n0, n1, vectors)
         else:
-            span_four(s, x, y, before, vectors, n0, n1)
+            spmm_four(s, x, y, before, n0, n1, vectors)
 
 
 def set_record(instance: int, s: int) -> None:
@@ -223,7 +160,7 @@ def tile_body(usr: int, part: int) -> None:
         t0, t1 = tiles * part // parts, tiles * (part + 1) // parts
     else:
         n0, n1 = rows * part // parts, rows * (part + 1) // parts
-    record = stack64(8)
+    record = stack64(10)
     set_record(instance, record)
     if get(instance, I_DEPTHWISE) == 0:
         part_range(instance, usr, record, get(usr, U_INPUT), t0, t1, n0, n1)
@@ -270,7 +207,7 @@ def tile_range(
     for t in range(t0, t1):
         tile = get(instance, I_TILES) + 8 * TILE * t
         before = r + get(tile, 1) if r != 0 else 0
-        multiply(handle, record, x + get(tile, 0), y + get(tile, 1), before, get(tile, 2), n0, n1)
+        multiply(handle, record, x + get(tile, 0), y + get(tile, 1), before, get(tile, 2), get(tile, 3), n0, n1)
 
 
 def turn(target: int, target_pitch: int, source: int, source_pitch: int, rows: int, columns: int) -> None:
@@ -289,13 +226,13 @@ def turn(target: int, target_pitch: int, source: int, source_pitch: int, rows: i
 def single_body(usr: int, part: int) -> None:
     """A part of the outputs of a few rows."""
     instance = get(usr, U_INSTANCE)
-    handle, record = get(instance, I_HANDLE), stack64(8)
+    handle, record = get(instance, I_HANDLE), stack64(10)
     set_record(instance, record)
     plan, rows, parts, residual = get(handle, H_PLAN), block_rows(handle), get(usr, U_PARTS), get(usr, U_RESIDUAL)
     n0, n1 = rows * part // parts, rows * (part + 1) // parts
     for m in range(get(instance, I_OH)):
         x, place = get(usr, U_INPUT) + 4 * m * get(plan, P_IN), 4 * m * get(plan, P_OUT)
-        multiply(handle, record, x, get(usr, U_OUTPUT) + place, residual + place if residual != 0 else 0, 0, n0, n1)
+        multiply(handle, record, x, get(usr, U_OUTPUT) + place, residual + place if residual != 0 else 0, 0, -1, n0, n1)
 
 
 def take_slot(flags: int, slots: int) -> int:
@@ -316,7 +253,7 @@ def rows_body(usr: int, part: int) -> None:
     x = get(instance, I_SCRATCH) + slot * get(instance, I_SLOT)
     y = x + 4 * tile * width
     r = y + 4 * tile * outputs if get(plan, P_ACTIVATIONS) == 2 else 0
-    tiles, record = get(instance, I_TILE_COUNT), stack64(8)
+    tiles, record = get(instance, I_TILE_COUNT), stack64(10)
     set_record(instance, record)
     for t in range(tiles * part // parts, tiles * (part + 1) // parts):
         count = min(tile, get(instance, I_OH) - t * tile)
@@ -324,7 +261,7 @@ def rows_body(usr: int, part: int) -> None:
         turn(x, 4 * tile, get(usr, U_INPUT) + 4 * t * tile * width, 4 * width, count, width)
         if r != 0:
             turn(r, 4 * tile, get(usr, U_RESIDUAL) + place, 4 * outputs, count, outputs)
-        multiply(handle, record, x, y, r, (count + LANES - 1) // LANES, 0, block_rows(handle))
+        multiply(handle, record, x, y, r, (count + LANES - 1) // LANES, -1, 0, block_rows(handle))
         turn(get(usr, U_OUTPUT) + place, 4 * outputs, y, 4 * tile, outputs, count)
     atomic_store(get(instance, I_FLAGS) + 8 * slot, 0)
 
@@ -367,7 +304,7 @@ def run(instance: int, inputs: int, outputs: int, par: int) -> int:
 
 
 PARTS = (
-    span_one, span_four, single, block_rows, multiply, set_record, copy_line, pad_channel, copy_body, tile_range,
+    single, block_rows, multiply, set_record, copy_line, pad_channel, copy_body, tile_range,
     copy_lines, part_range, tile_body, turn, single_body, take_slot, rows_body,
 )  # fmt: skip
 TEMPLATES = (run_image, run)  # which reach those by symbols that must be known before

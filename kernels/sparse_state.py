@@ -30,7 +30,7 @@ FLAT = 2  # the same, all lines of an output channel as one: images narrower tha
 TRANSPOSED = 3  # rows of features: tiles of rows are transposed
 SINGLE = 4  # a few rows of features, one by one
 
-TILE = 3  # int64 of a tile: bytes from the input's and from the output's begin, vectors
+TILE = 4  # int64 of a tile: bytes from the input's and from the output's begin, vectors, bytes to the last of them or -1
 MAX_PARTS = 16
 CHUNK = {1: 112, 4: 256}  # most columns of a chunk, by rows of a block
 PART_WORK = 150_000  # multiplications that are worth a thread's while
