@@ -125,7 +125,8 @@ def tile_down(instance: int, lines: int, length: int, pitch: int, lanes: int, mo
     put(instance, I_DY, 4 * length)
     for step in range((length + lanes - 1) // lanes):
         x = min(step * lanes, length - lanes)
-        for first in range(0, lines, most):
+        for i in range((lines + most - 1) // most):
+            first = i * most
             set_tile(instance, first * pitch + x, first * length + x, min(most, lines - first), -1)
     return 1
 
