@@ -260,7 +260,7 @@ def test_the_table_knows_density_and_blocks() -> None:
 
 @pytest.mark.parametrize(("layer", "whole", "taken"), [(2.0, 1.5, 2), (1.01, 1.5, 0), (2.0, 1.01, 0)])
 def test_what_was_measured_decides(monkeypatch: pytest.MonkeyPatch, layer: float, whole: float, taken: int) -> None:
-    calls = []
+    calls: list[int] = []
 
     def measured(models: list[bytes], feed: dict[str, Array], *, seconds: float, rounds: int) -> list[Latency]:
         by_itself = all(len(onnx.load_from_string(m).graph.node) < 5 for m in models) and len(calls) < 2
