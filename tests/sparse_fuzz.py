@@ -86,7 +86,7 @@ def draw(rng: np.random.Generator) -> tuple[SparsePlan, list[np.ndarray], list[n
         n, c, kernel = block[0] * int(rng.integers(1, 4)), block[1] * int(rng.integers(1, 40)), (1, 1)
         plan = SparsePlan(ROWS, n, c, block, bias=bias, residual=residual)
         rows = int(rng.integers(1, 70))
-        shapes = [(rows, c), (rows, n)]
+        shapes: list[tuple[int, ...]] = [(rows, c), (rows, n)]
     else:
         groups = 1 if block != (1, 1) or rng.random() < 0.5 else 3
         n, c, kernel = 3 * block[0] * int(rng.integers(1, 3)), 4 * groups, (int(rng.integers(1, 4)), int(rng.integers(1, 4)))

@@ -131,7 +131,7 @@ def test_gemm(transposed: int) -> None:
 
 
 def test_depthwise_strided_dilated_and_one_dimensional() -> None:
-    cases = [
+    cases: list[tuple[Array, dict[str, Any], tuple[int, ...]]] = [
         (sparse(6, 1, 3, 3, density=1), {"group": 6, "pads": [1] * 4, "strides": [2, 2]}, (2, 6, 11, 13)),
         (sparse(8, 4, 3, 2), {"group": 2, "dilations": [2, 1], "pads": [2, 0, 1, 1]}, (1, 8, 12, 30)),
         (sparse(8, 4, 5), {"pads": [2, 2], "strides": [3]}, (2, 4, 40)),

@@ -56,7 +56,8 @@ def test_stored_weights_come_back(block: tuple[int, int], density: float) -> Non
     shape = (48, 600)
     weight = drawn(np.random.default_rng(0), *shape, block, density)
     values, gaps = to_sparse(weight, block)
-    assert (values.dtype, gaps.dtype) == (np.float32, np.uint8)
+    assert values.dtype == np.float32
+    assert gaps.dtype == np.uint8
     assert gaps.min() > 0
     np.testing.assert_array_equal(to_dense(values, gaps, shape, block), weight)
 
@@ -103,7 +104,8 @@ def test_convolutions(rung: str, data: st.DataObject) -> None:
     c = 1 if depthwise else data.draw(st.sampled_from([1, 3, 130]))
     o = groups if depthwise else groups * block[0] * data.draw(small)
     pads = data.draw(st.tuples(*[st.integers(0, 2)] * 4))
-    window = Window(*(data.draw(st.tuples(small, small)) for _ in range(3)), pads, groups)
+    kernel, strides, dilations = (data.draw(st.tuples(small, small)) for _ in range(3))
+    window = Window(kernel, strides, dilations, pads, groups)
     (kh, kw), (dh, dw) = window.kernel, window.dilations
     h = data.draw(st.sampled_from([1, 2, 5, 9, 20])) + max(0, (kh - 1) * dh - pads[0] - pads[2])
     w = data.draw(st.sampled_from([1, 2, 7, 8, 14, 33, 75])) + max(0, (kw - 1) * dw - pads[1] - pads[3])
@@ -148,7 +150,7 @@ _BIAS = np.zeros(4, np.float32)
 
 
 def changed(gaps: Array, index: int, value: int) -> Array:
-    found = gaps.copy()
+    found: Array = gaps.copy()
     found[index] = value
     return found
 
