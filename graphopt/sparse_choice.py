@@ -25,6 +25,7 @@ from graphopt.sparse_layers import Block, Layer, Site, find_layers, replace_laye
 
 MOST = 0.75  # density above which nothing is tried: no format was ever faster there
 MARGIN = 1.05  # how much faster a layer must be measured to be taken
+NEAR = 0.85  # of the best gain, with which a form is taken that needs fewer bytes
 SEVERAL = 1.15  # and how much faster by the table, which knows neither the machine nor the neighbours
 # time relative to dense, a + b * stored density, of single weights and of blocks of four rows: medians over nine shapes on AVX2
 EXPECTED = {1: (0.05, 2.5), 4: (0.03, 1.2)}
@@ -150,7 +151,9 @@ def by_measuring(site: Site, layer: Layer, static: Mapping[str, tuple[int, ...]]
     feed = {i.name: random.standard_normal(static[i.name]).astype(np.float32) for i in dense.graph.input}
     models = [m.SerializeToString() for m in (dense, *candidates)]
     timed = latency(models, feed, seconds=LAYER_SECONDS, rounds=ROUNDS)[1:]
-    gain, best = max(((t.speedup, form) for t, form in zip(timed, options, strict=True)), key=lambda o: o[0])
+    most = max(t.speedup for t in timed)
+    near = [(t.speedup, form) for t, form in zip(timed, options, strict=True) if t.speedup >= NEAR * most]
+    gain, best = min(near, key=lambda o: (o[0] < MARGIN, o[1].size))
     made = Choice(layer.name, best.block, filled, best.stored, expected(layer, best), gain, "the fastest by itself")
     return made if gain >= MARGIN else replace(made, block=None, why=f"measured gain below {MARGIN}")
 

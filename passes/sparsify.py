@@ -59,7 +59,7 @@ def sparsify(
     for number, (layer, part) in enumerate(zip(layers, shares, strict=True)):
         gone, density = _apply(layer, judge, Task(layer.name, cut, part))
         changed += gone
-        rows.append({"layer": layer.name, "density": round(density, 4)})
+        rows.append({"layer": layer.name, "density": round(float(density), 4)})
         context.progress("sparsify", number + 1, len(layers))
     context.facts.update({"pattern": str(cut), "criterion": criterion, "layers": rows, "weights_removed": changed})
     return changed
