@@ -142,7 +142,7 @@ class Report(BaseModel):
     warnings: list[str] = Field(default_factory=list)
 
 
-class PointRow(_Row):
+class PointRow(Row):
     """One target of a sweep: the model that its recipe makes, or why there is none."""
 
     keep: float = Field(description="the number that was put into the pipeline")
@@ -170,7 +170,7 @@ class PointRow(_Row):
     warnings: list[str] = Field(default_factory=list)
 
 
-class KneeRow(_Row):
+class KneeRow(Row):
     """A point that a user may want, and by what rule."""
 
     rule: str
