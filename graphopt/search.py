@@ -71,7 +71,7 @@ def search(model: Model, context: Context, wanted: Request, recipes: Sequence[Re
     images = mirrorable(context.calibration)
     refused = ""
     for number, recipe in enumerate(recipes):
-        if recipe.steps > 1 and (context.get(macs, model) or 0) > LARGE and len(recipes) > 1:
+        if recipe.steps > 1 and context.get(macs, model) > LARGE and len(recipes) > 1:
             continue
         if recipe.streams and _alike(recipe, recipes) and not has_streams(model, context, wanted):
             continue  # what the same recipe without streams does
@@ -123,15 +123,15 @@ def _own(context: Context) -> Baseline:
     return context.baseline
 
 
-def macs(model: Model) -> int | None:
-    """Of one row; None where they are not known."""
-    return costs(model).macs
+def macs(model: Model) -> int:
+    """Of one row, as far as they are known."""
+    return costs(model).counted_macs
 
 
 def _size(model: Model, context: Context, wanted: Request) -> float:
     """What the target counts."""
     found = costs(model, context.get(shapes, model))
-    return float((found.parameters if wanted.params is not None else found.macs) or 0)
+    return float(found.parameters if wanted.params is not None else found.counted_macs)
 
 
 def _part(wanted: Request, share: float, grown: float, gone: int, total: int) -> Request:
