@@ -11,6 +11,8 @@ from graphopt.layers import Layer
 
 Fit = tuple[np.ndarray, np.ndarray]  # matrix (groups, features, outputs) and bias (groups, outputs), float64
 _FLOOR = 1e-10  # ridge that keeps the equations of all-dead features solvable
+_STEPS = 200  # conjugate gradients, at most
+_PRECISION = 1e-5  # of their residual
 _GAIN = 4.0  # moments are matched by at most this factor
 
 
@@ -81,6 +83,13 @@ class Moments:
             wa * self.var_y + wb * other.var_y + wa * wb * dy * dy,
         )
 
+    def about_zero(self) -> Moments:
+        """The same sums about zero: fits by them have no bias."""
+        mx, my = self.mean_x, self.mean_y
+        cov = self.cov + mx[:, :, None] * mx[:, None, :]
+        cross = self.cross + mx[:, :, None] * my[:, None, :]
+        return Moments(self.count, np.zeros_like(mx), np.zeros_like(my), cov, cross, self.var_y + my * my)
+
     def centred(self, fit: Fit) -> Fit:
         """The same matrix with the bias that makes the mean right."""
         matrix = fit[0]
@@ -98,15 +107,10 @@ class Moments:
 
     def supported(self, start: np.ndarray, alpha: float) -> Fit:
         """`ridge` for a sparse `start` (one group): each output keeps to the features it has."""
-        matrix = np.array(start)
         strength = alpha * np.trace(self.cov[0]) / self.cov.shape[1] + _FLOOR
-        residual = self.cross[0] - self.cov[0] @ start[0]
-        for output in range(start.shape[2]):
-            own = np.flatnonzero(start[0, :, output])
-            if own.size:
-                system = self.cov[0][np.ix_(own, own)] + strength * np.eye(own.size)
-                matrix[0, own, output] += np.linalg.solve(system, residual[own, output])
-        return self.centred((matrix, self.mean_y))
+        system = self.cov[0] + strength * np.eye(self.cov.shape[1])
+        change = on_support(system, self.cross[0] - self.cov[0] @ start[0], start[0] != 0)
+        return self.centred((start + change, self.mean_y))
 
     def matched(self, fit: Fit) -> Fit:
         """Every output scaled and shifted to the mean and variance of its target: least squares shrinks what it predicts badly."""
@@ -123,6 +127,51 @@ class Moments:
         quadratic = (matrix * (self.cov @ matrix)).sum()
         wrong = self.var_y.sum() - 2 * (matrix * self.cross).sum() + quadratic + np.square(offset).sum()
         return float(max(wrong, 0) / max(self.var_y.sum(), 1e-30))
+
+
+def on_support(system: np.ndarray, right: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """argmin over M of tr(M' system M) / 2 - tr(M' right), M being zero outside `mask`; all but `system` [features, outputs].
+
+    Outputs with equal support are solved together. Many wide systems are solved by conjugate gradients instead, all at once.
+    """
+    features, outputs = mask.shape
+    found = np.zeros_like(right)
+    packed = np.packbits(mask, axis=0)
+    kinds, which = np.unique(packed, axis=1, return_inverse=True)
+    which = which.reshape(-1)
+    sizes = mask.sum(0)
+    direct = float((sizes.astype(np.float64) ** 3).mean()) * kinds.shape[1] / 3
+    if kinds.shape[1] > 1 and direct > _STEPS * features**2 * outputs * 2:
+        return _conjugate(system, right, mask)
+    for kind in range(kinds.shape[1]):
+        columns = np.flatnonzero(which == kind)
+        own = np.flatnonzero(mask[:, columns[0]])
+        if own.size:
+            found[np.ix_(own, columns)] = np.linalg.solve(system[np.ix_(own, own)], right[np.ix_(own, columns)])
+    return found
+
+
+def _conjugate(system: np.ndarray, right: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Conjugate gradients with the diagonal for preconditioner, on every output's own support."""
+    weight = 1 / np.diag(system)[:, None]
+    found = np.zeros_like(right)
+    residual = np.where(mask, right, 0)
+    goal = _PRECISION**2 * np.square(residual).sum(0)
+    towards = weight * residual
+    power = (residual * towards).sum(0)
+    for _ in range(_STEPS):
+        image = np.where(mask, system @ towards, 0)
+        bend = (towards * image).sum(0)
+        step = np.divide(power, bend, out=np.zeros_like(power), where=bend > 0)
+        found += step * towards
+        residual -= step * image
+        if (np.square(residual).sum(0) <= goal).all():
+            break
+        scaled = weight * residual
+        fresh = (residual * scaled).sum(0)
+        towards = scaled + np.divide(fresh, power, out=np.zeros_like(power), where=power > 0) * towards
+        power = fresh
+    return found
 
 
 # ---- rows of a layer: which positions, and what lies there

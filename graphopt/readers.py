@@ -14,7 +14,7 @@ from graphopt.errors import DataError, PassError
 from graphopt.gram import Gram, Moments, inputs_at
 from graphopt.layers import Layer, find_layers, to_matrix
 from graphopt.model import Model
-from graphopt.recovery import Batch, chosen_rows, fill
+from graphopt.sampling import Batch, chosen_rows, fill
 from graphopt.shapes import shapes
 from graphopt.walk import Store, Walk
 
@@ -61,7 +61,7 @@ def _readers(model: Model, context: Context) -> list[Reader]:
         axes = dims.labels(layer.weight)
         if layer.groups == 1 and axes is not None and axes[layer.in_axis].any():
             wanted.append((layer, axes[layer.in_axis]))
-    measured = _measure(model, context, [layer for layer, _ in wanted])
+    measured = input_moments(model, context, [layer for layer, _ in wanted])
     result = []
     weights = {c.name: c for c in model.constants()}
     for layer, labels in wanted:
@@ -76,8 +76,8 @@ def of_group(found: Sequence[Reader], group: Group) -> list[Reader]:
     return [r for r in found if np.isin(r.labels, group.units).any()]
 
 
-def _measure(model: Model, context: Context, layers: Sequence[Layer]) -> dict[str, Moments]:
-    """Moments of the inputs of each layer, one stage a distinct input."""
+def input_moments(model: Model, context: Context, layers: Sequence[Layer]) -> dict[str, Moments]:
+    """Moments of the inputs of each layer, by node; DataError where an activation is not finite."""
     assert context.calibration is not None
     stages = list(dict.fromkeys(layer.x for layer in layers))
     by_input = {x: [layer for layer in layers if layer.x == x] for x in stages}

@@ -6,33 +6,31 @@ target is what the sum was, minus what that something has become. No labels, no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.agreement import error, outputs_of
-from graphopt.baseline import HELD, Baseline
+from graphopt.baseline import Baseline
 from graphopt.context import Context
-from graphopt.data import Dataset
 from graphopt.edit import peek, set_input
 from graphopt.errors import DataError, PassError
-from graphopt.gram import Fit, Gram, Moments, inputs_at, outputs_at, positions, spread
+from graphopt.gram import Fit, Gram, Moments, inputs_at, outputs_at, spread
 from graphopt.layers import Layer, find_layers, from_matrix, to_matrix
 from graphopt.model import Model, from_proto
 from graphopt.operands import Names
+from graphopt.sampling import Batch, chosen_rows, fill
 from graphopt.shapes import shapes
-from graphopt.walk import Store, Values, Walk, feeds_of, mirrorable
-from graphopt.walk import mirrored as mirrored_feed
+from graphopt.walk import Store, Values, Walk, mirrorable
 
 Mode = Literal["sequential", "matched", "local"]
 Way = tuple[Mode, bool]  # and whether mirrored images take part
 MODES: tuple[Mode, ...] = ("matched", "sequential", "local")
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)
-_ROWS = 16384  # sampled rows of a layer, at least
-_PER_FEATURE = 8  # sampled rows by feature
 _SPARSE = 0.2  # share of zeros from which a weight counts as sparse, and keeps its zeros
 
 
@@ -69,8 +67,11 @@ class Patch:
 # ---- what to repair
 
 
-def targets(model: Model, baseline: Baseline) -> list[Target]:
-    """The layers whose inputs are not what they were, in order; the baseline must have them too."""
+def targets(model: Model, baseline: Baseline, changing: Collection[str] = ()) -> list[Target]:
+    """The layers whose inputs are not what they were, in order; the baseline must have them too.
+
+    `changing`: nodes of layers that will be changed, and so count as well.
+    """
     was = {layer.node: layer for layer in find_layers(baseline.model)[0]}
     now = {layer.node: layer for layer in find_layers(model)[0] if layer.node in was}
     moved = _moved(model, baseline)
@@ -86,7 +87,7 @@ def targets(model: Model, baseline: Baseline) -> list[Target]:
         stale = bool(rewired) or any(name in wrong for name in reads)
         if layer is not None:
             lost = baseline.indices(layer.weight, layer.in_axis) is not None and layer.groups == 1
-            stale = stale or lost or layer.weight in moved
+            stale = stale or lost or layer.weight in moved or node.name in changing
             if stale:
                 level += 1
                 found.append((layer, level))
@@ -139,47 +140,6 @@ class _Rows:
     local: Gram = field(default_factory=Gram)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows before this batch, rows that count, and which tokens of them do (an attention mask), by batch number."""
-
-    first: int
-    rows: int
-    mask: np.ndarray | None
-
-
-def fill(dataset: Dataset, stores: Sequence[Store], *, mirror: bool = False) -> list[Batch]:
-    """Put the feeds into every store; with `mirror`, each once more with its images mirrored."""
-    batches: list[Batch] = []
-    first = 0
-    for feed, rows in feeds_of(dataset):
-        mask = feed.get("attention_mask")
-        usable = mask is not None and mask.ndim == 2 and bool(np.isin(mask, (0, 1)).all())
-        batch = Batch(first, rows, mask.astype(bool) if usable and mask is not None else None)
-        first += rows
-        for version in (feed, mirrored_feed(dataset, feed)) if mirror else (feed,):
-            for store in stores:
-                store[len(batches)] = dict(version)
-            batches.append(batch)
-    return batches
-
-
-def chosen_rows(
-    layer: Layer, shape: tuple[int, ...], batch: Batch, total: int, features: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the layer's output to look at, and whether each is of a held row."""
-    wanted = max(_ROWS, _PER_FEATURE * features)
-    at = positions(layer, shape, -(-wanted * batch.rows // max(total, 1)), seed)
-    lead = spread(layer, shape)
-    size, first = int(np.prod(lead, dtype=np.int64)), lead[0]
-    if batch.mask is not None and lead == batch.mask.shape:
-        at = at[batch.mask.ravel()[at]]
-    whole = len(batch.mask) if batch.mask is not None else first
-    rows = at // max(1, size // max(1, whole)) if whole and size % whole == 0 else at
-    at, rows = at[rows < batch.rows], rows[rows < batch.rows]
-    return at, (batch.first + rows) % HELD == HELD - 1
-
-
 class _Collector:
     """Adds the rows of one level's layers, batch by batch."""
 
@@ -220,21 +180,28 @@ def _narrowed(values: np.ndarray, indices: np.ndarray | None, axis: int) -> np.n
 # ---- fitting
 
 
+def _biased(layer: Layer) -> bool:
+    return layer.bias is not None or layer.addable
+
+
+def _moments(gram: Gram, layer: Layer) -> Moments:
+    return gram.moments() if _biased(layer) else gram.moments().about_zero()
+
+
 def _fitted(rows: _Rows, layer: Layer, old: Fit, mode: Mode, held_too: bool) -> tuple[Fit, str, float, float]:
     """The fit that is best on held rows, made again with them if `held_too`; how it was made, and held errors before and after."""
-    fit, held = rows.fit.moments(), rows.held.moments()
-    start = old[0]
+    fit, held, start = _moments(rows.fit, layer), _moments(rows.held, layer), old[0]
     whole = fit.joined(held) if held_too else fit
     sparse = layer.groups == 1 and float((start == 0).mean()) > _SPARSE
     makers: dict[str, Callable[[Moments], Fit]] = {"none": lambda m: old}
-    if layer.bias is not None or layer.addable:
+    if _biased(layer):
         makers["bias"] = lambda m: m.centred(old)
-        for alpha in ALPHAS:
-            makers[f"ridge {alpha:g}"] = (lambda a: lambda m: (m.supported if sparse else m.ridge)(start, a))(alpha)
-        if rows.local.count and not sparse:
-            before = rows.local.moments()
-            for alpha in ALPHAS[1:]:
-                makers[f"local {alpha:g}"] = (lambda a: lambda m: m.centred(before.ridge(start, a)))(alpha)
+    for alpha in ALPHAS:
+        makers[f"ridge {alpha:g}"] = (lambda a: lambda m: (m.supported if sparse else m.ridge)(start, a))(alpha)
+    if rows.local.count and not sparse:
+        before = _moments(rows.local, layer)
+        for alpha in ALPHAS[1:]:
+            makers[f"local {alpha:g}"] = (lambda a: lambda m: m.centred(before.ridge(start, a)))(alpha)
     errors = {name: held.error(make(fit)) for name, make in makers.items()}
     pool = [n for n in makers if not n.startswith("ridge")] if mode == "local" else list(makers)
     best = min(pool, key=lambda n: errors[n])
@@ -242,6 +209,10 @@ def _fitted(rows: _Rows, layer: Layer, old: Fit, mode: Mode, held_too: bool) -> 
     if mode != "sequential" and best != "none":
         chosen = whole.matched(chosen)
     return chosen, best, errors["none"], errors[best]
+
+
+# of moments of fitted and of held rows, and the fit there was: the new fit, how it was made, held errors before and after
+Fitter = Callable[[Moments, Moments, Fit], tuple[Fit, str, float, float]]
 
 
 @dataclass
@@ -254,6 +225,7 @@ class _Run:
     patch: Patch
     weights: dict[str, np.ndarray]
     held_too: bool
+    fitters: Mapping[str, Fitter]
 
     def finish(self, target: Target, rows: _Rows, mode: Mode) -> None:
         layer = target.now
@@ -263,19 +235,23 @@ class _Run:
         if not rows.fit.count or not rows.held.count:
             return
         old = (start, bias.reshape(start.shape[0], -1))
-        (matrix, offset), method, before, after = _fitted(rows, layer, old, mode, self.held_too)
+        fitter = self.fitters.get(layer.node)
+        if fitter is not None:
+            new, method, before, after = fitter(_moments(rows.fit, layer), _moments(rows.held, layer), old)
+        else:
+            new, method, before, after = _fitted(rows, layer, old, mode, self.held_too)
         self.patch.layers.append(Repaired(layer.node, layer.op, method, before, after))
         if method == "none":
             return
-        values = from_matrix(layer, matrix, weight)
+        values = from_matrix(layer, new[0], weight)
         self.patch.weights[layer.weight] = values
         self.walk.set_weight(layer.weight, values)
-        flat: np.ndarray = offset.ravel().astype(np.float32)
+        flat: np.ndarray = new[1].ravel().astype(np.float32)
         if layer.bias:
             flat = flat.reshape(self.weights[layer.bias].shape)
             self.patch.weights[layer.bias] = flat
             self.walk.set_weight(layer.bias, flat)
-        else:
+        elif layer.addable:
             self.patch.added[layer.node] = flat
             self.walk.set_weight(f"{layer.node}/bias", flat)
             self.walk.set_input(layer.node, 2, f"{layer.node}/bias")
@@ -290,8 +266,9 @@ def repair(
     *,
     held_too: bool = True,
     mirrored: bool = False,
+    fitters: Mapping[str, Fitter] = MappingProxyType({}),
 ) -> Patch:
-    """New weights for these layers (`targets`); the model is not touched.
+    """New weights for these layers (`targets`); the model is not touched. `fitters`: of nodes that have their own.
 
     sequential: least squares on what reaches the layer. matched: then scaled to the variance there was. local: on what reached
     the layer before, scaled likewise. `held_too`: held rows choose, and then take part in the fit. DataError where an
@@ -309,7 +286,7 @@ def repair(
         was = Walk(baseline.model, shapes(baseline.model).dtypes, theirs, before)
         now = Walk(model, context.get(shapes, model).dtypes, ours, after)
         used = {n for t in found for n in (t.now.weight, t.now.bias) if n}
-        run = _Run(model, baseline, now, patch, {c.name: peek(c) for c in model.constants() if c.name in used}, held_too)
+        run = _Run(model, baseline, now, patch, {c.name: peek(c) for c in model.constants() if c.name in used}, held_too, fitters)
         total = sum(b.rows for b in batches)
         for stage, level in enumerate(levels):
             collector = _Collector(level, baseline, total, local)

@@ -2,7 +2,7 @@
 
 A criterion is a function `(weight, task) -> (mask, weight)` of one layer: weight float32 [outputs, inputs], mask bool of that
 shape, True where a weight stays, and the weights to keep, which may have been updated to make up for those that go. `choose` makes
-the mask of any scores; data-driven criteria take what they measured from `task.statistics`.
+the mask of any scores; measured criteria find what the layer reads in `task.statistics`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from graphopt.errors import OptionError
+from graphopt.errors import OptionError, PassError
 from graphopt.registry import REGISTRY, suggest
 
 
@@ -40,22 +40,33 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of one layer. `ratio`: the share of weights (or blocks) to remove; n:m patterns have their own."""
+    """What is asked of one layer. `ratio`: the share of weights (or blocks) to remove; n:m patterns have their own.
+
+    `statistics`, for measured criteria, float64: `mean` [inputs] and `covariance` [inputs, inputs] of what the layer reads, `cross`
+    [inputs, outputs] the covariance of that with what the layer should give. `damping`: the ridge, relative to the mean variance.
+    """
 
     name: str
     pattern: Pattern
     ratio: float
     statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
+    damping: float = 1e-2
 
 
 Criterion = Callable[[np.ndarray, Task], tuple[np.ndarray, np.ndarray]]
 CRITERIA: dict[str, Criterion] = {}
+MEASURED: set[str] = set()  # the criteria that want statistics
 
 
-def criterion(name: str) -> Callable[[Criterion], Criterion]:
-    """Decorator: make a function a criterion of that name. OptionError where another module already has the name."""
+def criterion(name: str, *, measured: bool = False) -> Callable[[Criterion], Criterion]:
+    """Decorator: make a function a criterion of that name; `measured`: one that wants `Task.statistics`.
+
+    OptionError where another module already has the name.
+    """
 
     def add(fn: Criterion) -> Criterion:
+        if measured:
+            MEASURED.add(name)
         known = CRITERIA.setdefault(name, fn)
         if known.__module__ != fn.__module__:
             raise OptionError(f"two criteria are named '{name}': one in {known.__module__}, one in {fn.__module__}; rename one")
@@ -67,6 +78,8 @@ def criterion(name: str) -> Callable[[Criterion], Criterion]:
 
 def find_criterion(name: str) -> Criterion:
     """The criterion of that name, built in or from a plugin; OptionError with the valid names."""
+    from graphopt import sparsity_data  # noqa: F401 (fills the table)
+
     if name not in CRITERIA:
         REGISTRY.load_entry_points()  # a packaged plugin may bring it
     if name not in CRITERIA:
@@ -104,6 +117,11 @@ def block_scores(scores: np.ndarray, pattern: Pattern) -> np.ndarray:
 def _lowest(scores: np.ndarray, count: int) -> np.ndarray:
     """True for all but the `count` lowest of the last axis; of equals, the first go."""
     keep = np.ones(scores.shape, bool)
+    if scores.ndim == 1 and count:
+        limit = np.partition(scores, count - 1)[count - 1]
+        keep = np.asarray(scores > limit)
+        keep[np.flatnonzero(scores == limit)[count - np.count_nonzero(scores < limit) :]] = True
+        return keep
     gone = np.argsort(scores, axis=-1, kind="stable")[..., :count]
     np.put_along_axis(keep, gone, False, axis=-1)
     return keep
@@ -124,6 +142,14 @@ def choose(scores: np.ndarray, task: Task) -> np.ndarray:
 def magnitude(weight: np.ndarray, task: Task) -> tuple[np.ndarray, np.ndarray]:
     """The smallest weights go, or the blocks of smallest mean square."""
     return choose(np.square(weight, dtype=np.float64), task), weight
+
+
+def sparse(weight: np.ndarray, judge: Criterion, task: Task) -> np.ndarray:
+    """The weights that the criterion leaves, zeros where it removed some; PassError where it gives anything else."""
+    mask, values = judge(weight, task)
+    if mask.shape != weight.shape or values.shape != weight.shape or not np.isfinite(values).all():
+        raise PassError("sparsify", f"'{task.name}': the criterion did not give a mask and finite weights of shape {weight.shape}")
+    return np.asarray(np.where(mask, values, 0))
 
 
 def global_ratios(weights: Sequence[np.ndarray], pattern: Pattern, ratio: float) -> list[float]:

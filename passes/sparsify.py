@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -9,11 +10,13 @@ import numpy as np
 
 from graphopt.context import Context
 from graphopt.errors import OptionError, PassError
+from graphopt.layers import find_layers as linear_layers
 from graphopt.model import Model
 from graphopt.registry import register
 from graphopt.shapes import shapes
 from graphopt.sparse_layers import Layer, Site, find_layers
-from graphopt.sparsity import Criterion, Pattern, Task, find_criterion, global_ratios, parse_pattern
+from graphopt.sparsify_data import Work, sensitive_ratios, write_fits
+from graphopt.sparsity import MEASURED, Pattern, Task, find_criterion, global_ratios, parse_pattern, sparse
 
 NAME = "sparsify"
 THIN = 4  # input channels of a group up to which a layer is left dense: stems and depthwise filters have few weights, all of use
@@ -26,7 +29,7 @@ def sparsify(
     *,
     ratio: float | None = None,
     pattern: str = "unstructured",
-    scope: Literal["uniform", "global"] = "uniform",
+    scope: Literal["uniform", "global", "sensitivity"] = "uniform",
     criterion: str = "magnitude",
     thin: bool = False,
     include: tuple[str, ...] = (),
@@ -37,32 +40,58 @@ def sparsify(
     - ratio: the share of weights to remove; n:m patterns have their own.
     - pattern: unstructured; blocks of outputs x inputs that go as one, as 4x1, 1x4, 4x4, 16x1; or n:m, as 2:4: of four inputs side
       by side two stay. Inputs are those of the flattened weight [outputs, inputs x kernel].
-    - scope: uniform takes the same share of every layer, global ranks all together (LAMP).
-    - criterion: magnitude, or a plugin's.
+    - scope: uniform takes the same share of every layer, global ranks all together (LAMP), sensitivity takes more where measured
+      errors at the outputs grow least.
+    - criterion: magnitude; with calibration rows (--calib, no labels) wanda, sparsegpt or alps; or a plugin's. sparsegpt and alps
+      refit each layer, and its bias, to the original's outputs, given what the layers before it, already sparse, make.
     - thin: also layers with at most four input channels a group (first convolutions of images, depthwise ones).
     - include, exclude: patterns (* and ?) of names of weights and nodes.
 
     Not exact: evaluate the result. The model gets smaller and faster by compile-sparse. Run the preset fold first.
     """
     cut = parse_pattern(pattern)
+    share = _asked(cut, pattern, ratio)
+    work = Work(model, context, find_criterion(criterion), criterion in MEASURED, cut)
+    if context.calibration is None and (work.measured or scope == "sensitivity"):
+        what = f"criterion={criterion}" if work.measured else f"scope={scope}"
+        raise PassError(NAME, f"{what} needs calibration data: give --calib PATH (or calibration=...)")
+    layers = _choose(model, context, cut, thin, include, exclude)
+    if work.measured or scope == "sensitivity":
+        layers = _measurable(model, context, layers)
+    before = [_finite(layer) for layer in layers]
+    shares = _SHARES["uniform" if cut.of or not layers else scope](work, layers, share)
+    context.remember(model)
+    fits = _write(work, layers, [Task(layer.name, cut, part) for layer, part in zip(layers, shares, strict=True)])
+    rows, changed = [], 0
+    for layer, old in zip(layers, before, strict=True):
+        new = layer.matrix()
+        gone = int(np.count_nonzero(old) - np.count_nonzero(new))
+        changed += max(gone, int(not np.array_equal(old, new)))  # 0 promises an untouched model
+        density = round(float(np.count_nonzero(new) / new.size), 4)
+        rows.append({"layer": layer.name, "density": density, **fits.get(layer.name, {})})
+    context.facts.update({"pattern": str(cut), "criterion": criterion, "layers": rows, "weights_removed": changed})
+    return changed
+
+
+def _asked(cut: Pattern, pattern: str, ratio: float | None) -> float:
+    """The share of weights to remove; OptionError."""
     if (ratio is None) != bool(cut.of):
         raise OptionError(f"{NAME}: pattern={pattern} {'has its own ratio' if cut.of else 'needs ratio='}")
     share = 1 - cut.keep / cut.of if cut.of else float(ratio or 0)
     if not 0 <= share < 1:
         raise OptionError(f"{NAME}: ratio={share:g} is the share of weights to remove: at least 0, below 1")
-    judge = find_criterion(criterion)
-    layers = _choose(model, context, cut, thin, include, exclude)
-    shares = [share] * len(layers)
-    if scope == "global" and not cut.of and layers:
-        shares = global_ratios([layer.matrix() for layer in layers], cut, share)
-    rows, changed = [], 0
-    for number, (layer, part) in enumerate(zip(layers, shares, strict=True)):
-        gone, density = _apply(layer, judge, Task(layer.name, cut, part))
-        changed += gone
-        rows.append({"layer": layer.name, "density": round(float(density), 4)})
-        context.progress("sparsify", number + 1, len(layers))
-    context.facts.update({"pattern": str(cut), "criterion": criterion, "layers": rows, "weights_removed": changed})
-    return changed
+    return share
+
+
+def _global(work: Work, layers: Sequence[Layer], share: float) -> list[float]:
+    return global_ratios([layer.matrix() for layer in layers], work.pattern, share)
+
+
+_SHARES: dict[str, Callable[[Work, Sequence[Layer], float], list[float]]] = {
+    "uniform": lambda work, layers, share: [share] * len(layers),
+    "global": _global,
+    "sensitivity": sensitive_ratios,
+}
 
 
 def _choose(
@@ -90,17 +119,30 @@ def _choose(
     return chosen
 
 
-def _apply(layer: Layer, judge: Criterion, task: Task) -> tuple[int, float]:
-    """Write the layer's new weights; how many became zero, and the density."""
-    before = layer.matrix()
-    if not np.isfinite(before).all():
+def _measurable(model: Model, context: Context, layers: list[Layer]) -> list[Layer]:
+    """Those of which repair knows inputs and outputs as matrices; why others are left dense is recorded."""
+    known = {layer.node for layer in linear_layers(model)[0] if layer.groups == 1}
+    for layer in layers:
+        if layer.name not in known:
+            context.reject(layer.node, "what it reads cannot be measured: channels in groups, or a computed or shared bias")
+    return [layer for layer in layers if layer.name in known]
+
+
+def _finite(layer: Layer) -> np.ndarray:
+    values: np.ndarray = layer.matrix().copy()
+    if not np.isfinite(values).all():
         raise PassError(NAME, f"'{layer.name}': its weight '{layer.weight.name}' has NaN or infinite values")
-    mask, after = judge(before, task)
-    if mask.shape != before.shape or after.shape != before.shape or not np.isfinite(after).all():
-        raise PassError(NAME, f"'{layer.name}': the criterion did not give a mask and finite weights of shape {before.shape}")
-    values = np.where(mask, after, 0).astype(np.float32)
-    gone = int(np.count_nonzero(before) - np.count_nonzero(values))
-    if not np.array_equal(values, before):
-        gone = max(gone, 1)  # 0 promises an untouched model
-        layer.weight.values = np.ascontiguousarray(values.T) if layer.transposed else values.reshape(layer.weight.shape)
-    return gone, np.count_nonzero(values) / values.size
+    return values
+
+
+def _write(work: Work, layers: Sequence[Layer], tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
+    """Make the layers sparse; of measured criteria, the errors of each."""
+    if work.measured:
+        return write_fits(work, {task.name: task for task in tasks})
+    for number, (layer, task) in enumerate(zip(layers, tasks, strict=True)):
+        old = layer.matrix()
+        new = sparse(old, work.judge, task).astype(np.float32)
+        if not np.array_equal(new, old):
+            layer.weight.values = np.ascontiguousarray(new.T) if layer.transposed else new.reshape(layer.weight.shape)
+        work.context.progress("sparsify", number + 1, len(layers))
+    return {}

@@ -114,7 +114,7 @@ def whole_size(model: Model) -> int:
 def test_analyses_of_the_folded_model_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
     counts = dict.fromkeys(("fisher", "orders", "curves"), 0)
-    original = readers._measure
+    original = readers.input_moments
 
     def counted(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
@@ -127,7 +127,7 @@ def test_analyses_of_the_folded_model_are_made_once(monkeypatch: pytest.MonkeyPa
         measured.append(whole_size(model))
         return original(model, *given)
 
-    monkeypatch.setattr(readers, "_measure", measure)
+    monkeypatch.setattr(readers, "input_moments", measure)
     monkeypatch.setattr(criteria_data, "_measured", counted("fisher", criteria_data._measured))
     monkeypatch.setattr(surgeon, "order", counted("orders", surgeon.order))
     monkeypatch.setattr(worth, "curve", counted("curves", sensitivity.curve))
