@@ -38,9 +38,7 @@ def _removed(row: PassRow, verbose: bool) -> Iterator[str]:
     for group in found:
         kinds.setdefault(str(group["kind"]), []).append(len(group["removed"]))
     counts = ", ".join(f"{sum(gone)} {kind} of {len(gone)} group{'s' * (len(gone) > 1)}" for kind, gone in sorted(kinds.items()))
-    told = sum(map(sum, kinds.values()))
-    before = f" (the last of several steps; {row.changes} units in all)" if told < row.changes else ""
-    yield f"removed {counts}{before}"
+    yield f"removed {counts}"
     ranked = sorted(found, key=lambda g: -len(g["removed"]) / g["units"])
     shown = found if verbose else ranked[:_GROUPS]
     if verbose:

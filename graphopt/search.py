@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from graphopt.agreement import error, outputs_of
 from graphopt.baseline import Baseline
@@ -98,7 +99,7 @@ def _carried_out(model: Model, baseline: Baseline, context: Context, wanted: Req
     copy = from_proto(model.proto())
     own = Context(context.calibration, context.target, baseline=baseline.copy())
     whole = _size(model, context, wanted)
-    units, total, facts, removed = 0, 0, dict[str, object](), list[dict[str, object]]()
+    units, total, facts, removed = 0, 0, dict[str, object](), dict[str, dict[str, Any]]()
     for step in range(1, recipe.steps + 1):
         first = step == 1
         if not first:
@@ -111,11 +112,19 @@ def _carried_out(model: Model, baseline: Baseline, context: Context, wanted: Req
             cut(copy, own, labels)
             copy.sort()
             own.drop()
-        rows = facts["removed"] if isinstance(facts["removed"], list) else []
-        removed += [{**row, "step": step} for row in rows] if recipe.steps > 1 else rows
+        _add(removed, facts["removed"])
         total = total or int(str(facts["units"]))
         units += len(labels)
-    return Tried(recipe, MODES[0], False, float("inf"), copy, _own(own), units, {**facts, "removed": removed})
+    return Tried(recipe, MODES[0], False, float("inf"), copy, _own(own), units, {**facts, "removed": list(removed.values())})
+
+
+def _add(removed: dict[str, dict[str, Any]], found: object) -> None:
+    """Join a step's removals to those of the steps before, units counted as they were before the first."""
+    for row in found if isinstance(found, list) else []:
+        known = removed.setdefault(row["group"], {**row, "removed": [], "scores": []})
+        alive = [i for i in range(known["units"]) if i not in set(known["removed"])]
+        known["removed"] = known["removed"] + [alive[i] for i in row["removed"]]
+        known["scores"] = known["scores"] + row["scores"]
 
 
 def _own(context: Context) -> Baseline:

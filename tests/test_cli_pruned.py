@@ -19,6 +19,7 @@ from graphopt.layers import find_layers
 from graphopt.passes.prune_channels import prune_channels
 from graphopt.proportion import _layer_times, channels, explain, lagging, out_of_step, profiled, ragged
 from graphopt.report import PassRow, PointRow
+from graphopt.search import _add
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -45,9 +46,14 @@ def test_units_by_kind_and_the_groups_that_lost_most() -> None:
     assert len(whole) == 8
 
 
-def test_the_units_of_the_last_step_are_not_passed_off_as_all() -> None:
-    (line, _) = pruned_lines([row("prune-search", 80, removed=[group("g", 40, [1, 2])])], verbose=False)
-    assert line == "prune-search: removed 2 channels of 1 group (the last of several steps; 80 units in all)"
+def test_units_of_several_steps_are_those_of_the_model_as_it_was() -> None:
+    """What a later step calls unit 1 may be unit 3 of the original."""
+    removed: dict[str, dict[str, Any]] = {}
+    _add(removed, [group("g", 6, [0, 2])])
+    _add(removed, [group("g", 4, [1, 3]), group("h", 4, [2])])
+    assert removed["g"]["removed"] == [0, 2, 3, 5]
+    assert removed["g"]["units"] == 6
+    assert removed["h"]["removed"] == [2]
 
 
 def test_search_names_recipe_candidates_and_the_layers_with_most_error_left() -> None:
