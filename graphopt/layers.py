@@ -12,6 +12,8 @@ from graphopt.attributes import op_key
 from graphopt.edit import Wiring, only_user
 from graphopt.model import Model
 
+MALFORMED = (ArithmeticError, LookupError, StopIteration, TypeError, ValueError)  # what rules meet in damaged nodes
+
 
 @dataclass(frozen=True)
 class Window:
@@ -102,11 +104,15 @@ def find_layers(model: Model) -> tuple[list[Layer], list[tuple[gs.Node, str]]]:
         if rule is None:
             continue
         reason = _unfit(node)
-        layer = None if reason else rule(node)
+        try:
+            layer = None if reason else rule(node)
+            layer = layer and _followed(layer, node, wiring)
+        except MALFORMED:
+            layer, reason = None, f"{node.op} is not as its rule expects"
         if layer is None:
             left.append((node, reason or "its attributes are not those of a plain linear layer"))
-            continue
-        layers.append(_followed(layer, node, wiring))
+        else:
+            layers.append(layer)
     return layers, left
 
 

@@ -175,7 +175,7 @@ def _choose(model: Model, context: Context, dims: Dims, wanted: Request) -> list
     """The groups that may be pruned; why the others may not is recorded with the first of their nodes."""
     upstream = _upstream(model, wanted)
     tensors = model.tensors()
-    writers = [layer for layer in find_layers(model)[0] if layer.groups == 1]
+    writers = [] if wanted.streams else [layer for layer in find_layers(model)[0] if layer.groups == 1]
     chosen = []
     for group in groups(model, dims):
         if kind_of(group, dims, tensors) not in wanted.kinds:

@@ -89,6 +89,14 @@ def test_layers_that_cannot_be_taken_say_why() -> None:
     assert len(find_layers(grouped)[1]) == 1
 
 
+def test_damaged_nodes_are_left_with_a_reason() -> None:
+    model = weighted("g (float[N,4,5,5] x) => (float[N,6,5,5] y) { y = Conv(x, w) }", w=(6, 4, 1, 1))
+    model.graph.nodes[0].inputs[1].values = np.float32(1)
+    layers, ((_, reason),) = find_layers(model)
+    assert not layers
+    assert reason == "Conv is not as its rule expects"
+
+
 def gram(x: np.ndarray, y: np.ndarray, parts: int = 1) -> Gram:
     found = Gram()
     for a, b in zip(np.array_split(x, parts), np.array_split(y, parts), strict=True):
