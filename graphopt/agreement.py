@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.data import Dataset
@@ -86,13 +87,13 @@ def answers(model: Model, dataset: Dataset, *, held: int | None = None, limit: i
     return Answers(feeds, rows, values, scored)
 
 
-def with_outputs(model: Model, names: Sequence[str]) -> bytes:
-    """The model as bytes with these tensors as its outputs."""
+def with_outputs(model: Model, names: Sequence[str]) -> onnx.ModelProto:
+    """A copy of the model with these tensors as its outputs."""
     proto = model.proto()
     del proto.graph.output[:]
     for name in dict.fromkeys(names):
         proto.graph.output.add(name=name)
-    return bytes(proto.SerializeToString())
+    return proto
 
 
 def _mask(feed: Values, value: np.ndarray) -> np.ndarray | None:
@@ -105,7 +106,7 @@ def error(truth: Answers, found: Sequence[Sequence[np.ndarray]]) -> float:
     """Squared error of each scored tensor relative to its variance over rows; the mean of them. Padded tokens are left out."""
     totals = []
     for index, score in enumerate(truth.scored):
-        wrong = total = count = 0.0
+        wrong = total = 0.0
         shift: np.ndarray | float | None = None
         for feed, rows, old, new in zip(truth.feeds, truth.rows, truth.values, found, strict=True):
             a, b, mask = centred(score, old[index]), centred(score, new[index]), _mask(feed, old[index])
@@ -113,7 +114,6 @@ def error(truth: Answers, found: Sequence[Sequence[np.ndarray]]) -> float:
             shift = a.mean(0) if shift is None and a.ndim > 1 else (0.0 if shift is None else shift)
             wrong += float(np.square(a - b).sum())
             total += float(np.square(a - shift).sum())
-            count += a.size
         totals.append(wrong / max(total, 1e-30))
     return float(np.mean(totals)) if totals else 0.0
 

@@ -18,6 +18,7 @@ from graphopt.audit_reasons import DQ, Q, breaks, is_op, meant_for_int8, why_flo
 from graphopt.audit_report import AuditReport, NodeAudit, OpTime
 from graphopt.errors import CheckError, DataError, GraphoptError, ModelError, OptionError
 from graphopt.float_twin import float_twin
+from graphopt.gates import requirement
 from graphopt.inspect import INTEGER_OPS
 from graphopt.model import OWN, Model, from_proto, load
 from graphopt.runtime import runnable
@@ -76,13 +77,7 @@ def require(report: AuditReport, wanted: Sequence[str]) -> None:
     or `fallbacks=0` (at most); OptionError where a requirement cannot be read."""
     short = []
     for text in wanted:
-        key, equals, value = text.partition("=")
-        try:
-            limit = float(value)
-        except ValueError:
-            equals = ""
-        if key not in REQUIREMENTS or not equals:
-            raise OptionError(f"--require {text}: expected one of {', '.join(f'{k}=NUMBER' for k in REQUIREMENTS)}")
+        key, limit = requirement(text, REQUIREMENTS)
         measured = {"int8": int8_share(report), "speed": report.speedup, "fallbacks": float(report.fallbacks)}[key]
         if measured is None:
             raise OptionError(f"--require {text}: there is nothing to compare with; give --base")

@@ -14,6 +14,7 @@ from graphopt.data import Dataset, open_dataset
 from graphopt.errors import CheckError, DataError, OptionError
 from graphopt.evaluate import paired
 from graphopt.feeds import fixed_batch, padded, row_count
+from graphopt.gates import requirement
 from graphopt.gold import GoldRow, against_gold
 from graphopt.metrics import Batch, Metric, find_metric
 from graphopt.report import Environment, Row, Versioned
@@ -125,13 +126,7 @@ def require(report: EvaluationReport, wanted: Sequence[str]) -> None:
         "gold": (None if report.gold is None else report.gold.relative_error, False),
     }
     for text in wanted:
-        key, equals, value = text.partition("=")
-        try:
-            limit = float(value)
-        except ValueError:
-            equals = ""
-        if key not in figures or not equals:
-            raise OptionError(f"--require {text}: expected one of {', '.join(f'{k}=NUMBER' for k in REQUIREMENTS)}")
+        key, limit = requirement(text, REQUIREMENTS)
         found, least = figures[key]
         if found is None:
             raise OptionError(

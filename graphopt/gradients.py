@@ -21,6 +21,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
 from graphopt import vjp_rules, vjp_rules_layout, vjp_rules_linear  # noqa: F401 (they fill the table)
+from graphopt.agreement import with_outputs
 from graphopt.attributes import attribute, op_key
 from graphopt.context import Context
 from graphopt.cost import Axis
@@ -364,12 +365,9 @@ class _Sizes:
         return {n: s for n, s in found.items() if s is not None} if None not in found.values() else None
 
     def _run(self, feed: Feed) -> dict[str, tuple[int, ...]]:
-        if self.runner is None:
-            proto = self.model.proto()
-            del proto.graph.output[:]
-            proto.graph.output.extend([onnx.ValueInfoProto(name=head.tensor) for head in self.heads])
-            self.runner = session(proto)
         names = [head.tensor for head in self.heads]
+        if self.runner is None:
+            self.runner = session(with_outputs(self.model, names))
         return {n: v.shape for n, v in zip(names, run(self.runner, feed, names), strict=True)}
 
 

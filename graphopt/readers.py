@@ -10,13 +10,13 @@ import numpy as np
 from graphopt.context import Context
 from graphopt.dims import Group, couple
 from graphopt.edit import peek
-from graphopt.errors import DataError, PassError
-from graphopt.gram import Gram, Moments, inputs_at
+from graphopt.errors import PassError
+from graphopt.gram import Gram, Moments, inputs_at, spread
 from graphopt.layers import Layer, find_layers, to_matrix
 from graphopt.model import Model
 from graphopt.sampling import Batch, chosen_rows, fill
 from graphopt.shapes import shapes
-from graphopt.walk import Store, Walk
+from graphopt.walk import Store, Walk, finite
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,7 @@ def input_moments(model: Model, context: Context, layers: Sequence[Layer]) -> di
         for stage, name in enumerate(stages):
             grams = {key: Gram() for key in {(layer.window, layer.channel_axis) for layer in by_input[name]}}
             for number, batch in enumerate(batches):
-                value = walk.run(stage, number)[name]
-                if not np.isfinite(value).all():
-                    raise DataError(
-                        f"tensor '{name}' holds NaN or Inf on the calibration rows; remove the row, or repair the model"
-                    )
+                value = finite(walk.run(stage, number))[name]
                 for key, gram in grams.items():
                     layer = next(lay for lay in by_input[name] if (lay.window, lay.channel_axis) == key)
                     _add(gram, layer, value, batch, total, stage * 10007 + number)
@@ -117,6 +113,5 @@ def _add(gram: Gram, layer: Layer, x: np.ndarray, batch: Batch, total: int, seed
         ]
         shape = (x.shape[0], 1, *sizes)
     at, _ = chosen_rows(layer, shape, batch, total, features, seed)
-    lead = (shape[0], *shape[2:]) if window is not None else shape[:-1]
-    found = inputs_at(layer, x, lead, at)
+    found = inputs_at(layer, x, spread(layer, shape), at)
     gram.add(found, np.zeros((len(at), 1, 1), np.float32))

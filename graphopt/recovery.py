@@ -18,14 +18,14 @@ from graphopt.agreement import error, outputs_of
 from graphopt.baseline import Baseline
 from graphopt.context import Context
 from graphopt.edit import peek, set_input
-from graphopt.errors import DataError, PassError
+from graphopt.errors import PassError
 from graphopt.gram import Fit, Gram, Moments, inputs_at, outputs_at, spread
 from graphopt.layers import Layer, find_layers, from_matrix, to_matrix
 from graphopt.model import Model, from_proto
 from graphopt.operands import Names
 from graphopt.sampling import Batch, chosen_rows, fill
 from graphopt.shapes import shapes
-from graphopt.walk import Store, Values, Walk, mirrorable
+from graphopt.walk import Store, Values, Walk, finite, mirrorable
 
 Mode = Literal["sequential", "matched", "local"]
 Way = tuple[Mode, bool]  # and whether mirrored images take part
@@ -108,18 +108,15 @@ def _moved(model: Model, baseline: Baseline) -> set[str]:
         old = before.get(constant.name)
         if old is None:
             found.add(constant.name)
-        elif constant.name not in baseline.kept and not np.array_equal(peek(constant), peek(old)):
-            found.add(constant.name)
-        elif constant.name in baseline.kept and not np.array_equal(peek(constant), _cut(baseline, constant.name, peek(old))):
+        elif not np.array_equal(peek(constant), _cut(baseline, constant.name, peek(old))):
             found.add(constant.name)
     return found
 
 
-def _cut(baseline: Baseline, name: str, values: np.ndarray, axes: Sequence[int] | None = None) -> np.ndarray:
+def _cut(baseline: Baseline, name: str, values: np.ndarray) -> np.ndarray:
     """The part of a baseline's array that is still there."""
     for axis, indices in baseline.kept.get(name, {}).items():
-        if axes is None or axis in axes:
-            values = np.take(values, indices, axis)
+        values = np.take(values, indices, axis)
     return values
 
 
@@ -159,7 +156,7 @@ class _Collector:
             wanted = outputs_at(layer, y, at)
             rows = self.rows[layer.node]
             if self.local:
-                before = _narrowed(was[target.was.x], _inputs_kept(kept, target.was), layer.channel_axis)
+                before = _narrowed(was[target.was.x], kept.indices(target.was.weight, target.was.in_axis), layer.channel_axis)
                 rows.local.add(inputs_at(layer, before, out, at), wanted)
             if target.other is not None and was[target.other].shape == was[target.was.y].shape:
                 shifted = _narrowed(was[target.other], kept.indices(target.was.weight, target.was.out_axis), layer.channel_axis)
@@ -167,10 +164,6 @@ class _Collector:
             found = inputs_at(layer, x, out, at)
             rows.fit.add(found[~held], wanted[~held])
             rows.held.add(found[held], wanted[held])
-
-
-def _inputs_kept(baseline: Baseline, layer: Layer) -> np.ndarray | None:
-    return baseline.indices(layer.weight, layer.in_axis)
 
 
 def _narrowed(values: np.ndarray, indices: np.ndarray | None, axis: int) -> np.ndarray:
@@ -219,8 +212,6 @@ Fitter = Callable[[Moments, Moments, Fit], tuple[Fit, str, float, float]]
 class _Run:
     """One repair in progress."""
 
-    model: Model
-    baseline: Baseline
     walk: Walk
     patch: Patch
     weights: dict[str, np.ndarray]
@@ -286,25 +277,17 @@ def repair(
         was = Walk(baseline.model, shapes(baseline.model).dtypes, theirs, before)
         now = Walk(model, context.get(shapes, model).dtypes, ours, after)
         used = {n for t in found for n in (t.now.weight, t.now.bias) if n}
-        run = _Run(model, baseline, now, patch, {c.name: peek(c) for c in model.constants() if c.name in used}, held_too, fitters)
+        run = _Run(now, patch, {c.name: peek(c) for c in model.constants() if c.name in used}, held_too, fitters)
         total = sum(b.rows for b in batches)
         for stage, level in enumerate(levels):
             collector = _Collector(level, baseline, total, local)
             for number, batch in enumerate(batches):
-                collector.add(number, batch, _finite(was.run(stage, number)), _finite(now.run(stage, number)))
+                old, new = (finite(walk.run(stage, number), "recover: ") for walk in (was, now))
+                collector.add(number, batch, old, new)
             for target in level:
                 run.finish(target, collector.rows[target.now.node], mode)
             context.progress("repair", stage + 1, len(levels))
     return patch
-
-
-def _finite(values: Values) -> Values:
-    for name, value in values.items():
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise DataError(
-                f"recover: tensor '{name}' holds NaN or Inf on the calibration rows; remove the row, or repair the model"
-            )
-    return values
 
 
 def named(way: Way) -> str:

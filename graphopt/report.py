@@ -117,12 +117,9 @@ class Versioned(BaseModel):
     schema_version: int = SCHEMA_VERSION
 
 
-class Report(BaseModel):
+class Report(Versioned):
     """What `graphopt optimize` did to one model."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    schema_version: int = SCHEMA_VERSION
     environment: Environment
     source: str | None
     source_sha256: str | None
@@ -178,12 +175,9 @@ class KneeRow(Row):
     why: str
 
 
-class SweepReport(BaseModel):
+class SweepReport(Versioned):
     """What `graphopt sweep` found: one pipeline with several targets."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    schema_version: int = SCHEMA_VERSION
     environment: Environment
     source: str | None
     source_sha256: str | None

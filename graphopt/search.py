@@ -32,7 +32,7 @@ class Recipe:
         return f"{self.criterion} {self.scope}{streams}, {self.steps} step{'s' * (self.steps > 1)}"
 
 
-# what won somewhere in our measurements (docs/pruning.md); none wins everywhere
+# what won somewhere in our measurements (docs/recovery.md); none wins everywhere
 RECIPES = (
     Recipe("obs", "sensitivity", False),
     Recipe("obs", "sensitivity", False, 4),

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from graphopt.agreement import Answers, error
+from graphopt.agreement import Answers, error, with_outputs
 from graphopt.dims import Group
 from graphopt.layers import from_matrix
 from graphopt.model import Model
@@ -26,10 +26,7 @@ class Trial:
     def __init__(self, model: Model, readers: Sequence[Reader], truth: Answers) -> None:
         self._truth = truth
         self._names = [s.tensor for s in truth.scored]
-        proto = model.proto()
-        del proto.graph.output[:]
-        for name in dict.fromkeys(self._names):
-            proto.graph.output.add(name=name)
+        proto = with_outputs(model, self._names)
         self._values: dict[str, np.ndarray] = {}
         added = {r.layer.node for r in readers if r.layer.bias is None and r.layer.addable}
         for node in proto.graph.node:

@@ -15,7 +15,7 @@ import onnx
 from onnx import helper
 
 from graphopt.data import Dataset
-from graphopt.errors import ModelError
+from graphopt.errors import DataError, ModelError
 from graphopt.feeds import fixed_batch, padded, row_count
 from graphopt.model import Model
 from graphopt.runtime import run, session
@@ -24,6 +24,14 @@ Values = dict[str, np.ndarray]
 BUDGET = 1 << 30  # bytes of waiting values held in memory; the rest lies in temporary files
 _LARGE = 1 << 26  # bytes of weights from which a model runs on all cores: small ones lose more to waiting than they win
 _STEP = 64 << 20  # bytes of inputs a batch should stay below
+
+
+def finite(values: Values, owner: str = "") -> Values:
+    """The same values. DataError, which `owner` (as "recover: ") begins, where one holds NaN or Inf."""
+    for name, value in values.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise DataError(f"{owner}tensor '{name}' holds NaN or Inf on the calibration rows; remove the row, or repair the model")
+    return values
 
 
 class Store:

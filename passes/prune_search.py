@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from graphopt.context import Context
@@ -10,9 +11,9 @@ from graphopt.cost import costs
 from graphopt.kinds import KINDS, Kind
 from graphopt.model import Model
 from graphopt.prune import Request
-from graphopt.recovery import apply, named, repair, targets
+from graphopt.recovery import Patch, apply, named, repair, targets
 from graphopt.registry import register
-from graphopt.search import search
+from graphopt.search import Tried, search
 from graphopt.shapes import shapes
 
 NAME = "prune-search"
@@ -62,21 +63,22 @@ def prune_search(
     patch = repair(best.model, best.baseline, own, targets(best.model, best.baseline), best.mode, mirrored=best.mirrored)
     apply(best.model, patch)
     after = costs(best.model)
-    context.facts.update(best.facts)
-    context.facts.update(
-        {
-            "parameters": [before.parameters, after.parameters],
-            "macs": [before.macs, after.macs],
-            "recipe": str(best.recipe),
-            "mode": named((best.mode, best.mirrored)),
-            "error_after": best.error,
-            "candidates": [
-                {"recipe": str(t.recipe), "mode": named((t.mode, t.mirrored)), "error": t.error, "units": t.units} for t in tried
-            ],
-            "repaired_by": dict(Counter(layer.method.split()[0] for layer in patch.layers)),
-            "layers": [asdict(layer) for layer in patch.layers],
-        }
-    )
+    sizes = {"parameters": [before.parameters, after.parameters], "macs": [before.macs, after.macs]}
+    context.facts.update({**best.facts, **sizes, **_facts(best, tried, patch)})
     model.graph, model.leftovers = best.model.graph, best.model.leftovers
     context.baseline = best.baseline
     return best.units
+
+
+def _facts(best: Tried, tried: Sequence[Tried], patch: Patch) -> dict[str, object]:
+    """For the report: what was chosen among what, and how each layer fared."""
+    return {
+        "recipe": str(best.recipe),
+        "mode": named((best.mode, best.mirrored)),
+        "error_after": best.error,
+        "candidates": [
+            {"recipe": str(t.recipe), "mode": named((t.mode, t.mirrored)), "error": t.error, "units": t.units} for t in tried
+        ],
+        "repaired_by": dict(Counter(layer.method.split()[0] for layer in patch.layers)),
+        "layers": [asdict(layer) for layer in patch.layers],
+    }
