@@ -33,9 +33,11 @@ def prune_neurons(
 
     - ratio, macs, params: give exactly one. ratio: the share of neurons to remove; macs, params: the share of the model's MACs or
       parameters that stays, by the least pruning that gets there.
-    - scope: uniform takes the same share of every group, global ranks all neurons together (LAMP).
+    - scope: uniform takes the same share of every group, global ranks all neurons together,
+      sensitivity too, by what their removal does to the outputs on calibration rows.
     - criterion: how important a unit is. l1, l2: the size of its weights; bn-scale: its BatchNormalization scale (use it before
-      fold-bn); activation: its mean magnitude on calibration rows (--calib) times the weights that read it; or a plugin's.
+      fold-bn); activation: its mean magnitude on calibration rows (--calib) times the weights that read it; fluctuation,
+      first-order, fisher, obs: see docs/pruning.md and docs/recovery.md (they need --calib too); or a plugin's.
     - round_to: groups keep a multiple of this many units, and those too small for one stay whole; kernels like multiples of 8.
     - minimum: units that every group keeps.
     - include, exclude: patterns (* and ?) of names of weights and nodes; a group matches by any of its own.
