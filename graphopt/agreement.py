@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from graphopt.walk import Values
 
 _THROUGH = frozenset({"Identity", "Squeeze", "Unsqueeze", "Cast"})
 _BATCH = 16
+HELD = 4  # every so many rows is kept from fits, and judges them
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,14 @@ class Answers:
     scored: list[Score]
 
 
-def answers(model: Model, dataset: Dataset, *, held: int | None = None, limit: int | None = None) -> Answers:
-    """Run the original once. `held`: only every so many rows (the last of each `held`); `limit`: at most so many rows."""
+def is_held(rows: np.ndarray | int) -> np.ndarray:
+    """Whether rows of these numbers are kept from fits."""
+    found: np.ndarray = np.asarray(rows) % HELD == HELD - 1
+    return found
+
+
+def answers(model: Model, dataset: Dataset, *, held: bool = False, limit: int | None = None) -> Answers:
+    """Run the original once. `held`: only the rows that are kept from fits; `limit`: at most so many rows."""
     scored = scores(model)
     runner = session(with_outputs(model, [s.tensor for s in scored]))
     fixed = fixed_batch(dataset.inputs)
@@ -69,21 +76,19 @@ def answers(model: Model, dataset: Dataset, *, held: int | None = None, limit: i
     first = 0
     for feed in dataset.batches(_BATCH):
         count = row_count(feed) or 1
-        chosen = np.arange(count)
-        if held is not None and not fixed and not dataset.as_given:
-            chosen = chosen[(first + chosen) % held == held - 1]
-        elif held is not None and (len(rows) + first) % held != held - 1 and first:
-            chosen = chosen[:0]
+        chosen = np.flatnonzero(is_held(first + np.arange(count))) if held else np.arange(count)
         first += count
         if not chosen.size:
             continue
-        part = {name: value[chosen] if len(value) == count else value for name, value in feed.items()}
+        part = {n: v[chosen] for n, v in feed.items()} if row_count(feed) else dict(feed)
         whole = dict(padded(part, fixed)) if fixed else part
         feeds.append(whole)
         rows.append(len(chosen))
         values.append([np.asarray(v) for v in run(runner, whole, [s.tensor for s in scored])])
         if limit is not None and sum(rows) >= limit:
             break
+    if held and not feeds:  # fewer rows than one in HELD
+        return answers(model, dataset, limit=limit)
     return Answers(feeds, rows, values, scored)
 
 
@@ -96,7 +101,8 @@ def with_outputs(model: Model, names: Sequence[str]) -> onnx.ModelProto:
     return proto
 
 
-def _mask(feed: Values, value: np.ndarray) -> np.ndarray | None:
+def token_mask(feed: Mapping[str, np.ndarray], value: np.ndarray) -> np.ndarray | None:
+    """Which positions of a value [rows, tokens, ...] an attention mask counts; None where there is no such mask."""
     mask = feed.get("attention_mask")
     fits = mask is not None and value.ndim == mask.ndim + 1 and value.shape[: mask.ndim] == mask.shape
     return mask.astype(bool) if mask is not None and fits else None
@@ -109,13 +115,21 @@ def error(truth: Answers, found: Sequence[Sequence[np.ndarray]]) -> float:
         wrong = total = 0.0
         shift: np.ndarray | float | None = None
         for feed, rows, old, new in zip(truth.feeds, truth.rows, truth.values, found, strict=True):
-            a, b, mask = centred(score, old[index]), centred(score, new[index]), _mask(feed, old[index])
+            a, b, mask = centred(score, old[index]), centred(score, new[index]), token_mask(feed, old[index])
             a, b = (a[mask], b[mask]) if mask is not None else (a[:rows], b[:rows])
             shift = a.mean(0) if shift is None and a.ndim > 1 else (0.0 if shift is None else shift)
             wrong += float(np.square(a - b).sum())
             total += float(np.square(a - shift).sum())
         totals.append(wrong / max(total, 1e-30))
     return float(np.mean(totals)) if totals else 0.0
+
+
+def spreads(truth: Answers) -> list[tuple[Score, float]]:
+    """The standard deviation of each scored tensor."""
+    return [
+        (score, float(np.std(np.concatenate([centred(score, batch[i]).ravel() for batch in truth.values]))))
+        for i, score in enumerate(truth.scored)
+    ]
 
 
 def outputs_of(model: Model, truth: Answers) -> list[list[np.ndarray]]:

@@ -11,7 +11,6 @@ from graphopt.agreement import Answers, answers
 from graphopt.data import Dataset
 from graphopt.model import Model, from_proto
 
-HELD = 4  # every so many rows is kept from fits, and judges them
 Kept = dict[str, dict[int, np.ndarray]]  # tensor -> axis -> indices into the baseline's axis, ascending
 
 
@@ -38,7 +37,7 @@ class Baseline:
         """What the baseline answers on the rows that are kept from fits."""
         if id(data) not in self._held:
             self._held.clear()
-            self._held[id(data)] = answers(self.model, data, held=HELD)
+            self._held[id(data)] = answers(self.model, data, held=True)
         return self._held[id(data)]
 
     def indices(self, name: str, axis: int) -> np.ndarray | None:

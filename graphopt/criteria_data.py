@@ -87,9 +87,9 @@ def _measured(
     whole = [i for i, mine in enumerate(found) if mine and all(spot in known for spot, _ in mine)]
     totals = {i: np.zeros(len(groups[i].units)) for i in whole}
     rows: Counter[int] = Counter()
-    for _, masks in ready.sums(DRAWS):
+    for part in ready.sums(DRAWS):
         for i in whole:
-            lost = _lost(groups[i], [(labels, masks[spot][0]) for spot, labels in found[i]])
+            lost = _lost(groups[i], [(labels, part.spots[spot][0]) for spot, labels in found[i]])
             totals[i] += size(lost).sum(0)
             rows[i] += len(lost)
     for i in whole:

@@ -7,10 +7,10 @@ out is one number a row and channel. Where an op has no rule the gradient stops,
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,10 +21,9 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
 from graphopt import vjp_rules, vjp_rules_layout, vjp_rules_linear  # noqa: F401 (they fill the table)
-from graphopt.agreement import with_outputs
+from graphopt.agreement import token_mask, with_outputs
 from graphopt.attributes import attribute, op_key
 from graphopt.context import Context
-from graphopt.cost import Axis
 from graphopt.errors import DataError, ModelError, PassError
 from graphopt.feeds import Feed, fixed_batch, padded, row_count
 from graphopt.model import Model, from_proto
@@ -38,7 +37,13 @@ from graphopt.vjp import OPSET, VJP_RULES, Tape, Vjp, VjpError, wanted
 Scalar = Literal["projections", "likelihood"]
 BUDGET = 256 << 20  # bytes of activations and gradients that a run may hold, roughly
 MAX_BATCH = 32
+View = Callable[[Feed], Feed]
 _MALFORMED = (ArithmeticError, LookupError, ModelError, TypeError, ValueError)  # what rules meet in damaged nodes
+
+
+def same(feed: Feed) -> Feed:
+    """The view that changes nothing."""
+    return feed
 
 
 class Spot(NamedTuple):
@@ -51,22 +56,6 @@ class Spot(NamedTuple):
     axis: int
     node: str = ""
     input: int = -1
-
-
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """Of one tensor's channels, over rows and draws; y: its values, g: their gradient. Float64 arrays of one number a channel.
-
-    `square`: mean of g^2 over rows, draws and positions (of which a row has `positions`). `mask_square`: mean of (sum over
-    positions of y g)^2, the Fisher information of a mask that multiplies the channel. `mask_magnitude`: mean of |sum over positions
-    of y g|.
-    """
-
-    square: np.ndarray
-    mask_square: np.ndarray
-    mask_magnitude: np.ndarray
-    positions: float
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -177,6 +166,21 @@ def _captured(node: gs.Node) -> set[str]:
 
 
 @dataclass(frozen=True, eq=False)
+class Sums:
+    """Of one batch and draw: `projections` of the heads, by tensor, and by spot a float64 array [4, rows, channels].
+
+    They hold, over all positions of a row, the sums of y g, g and g^2, and how many there are. Where rows cannot be told apart, the
+    batch counts as one. Of the rows of `feed`, which may be padded, the first `rows` count.
+    """
+
+    first: int  # rows before the batch
+    feed: Feed
+    rows: int
+    projections: Mapping[str, np.ndarray]
+    spots: Mapping[Spot, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
 class Program:
     """Runs forward and backward. `spots`: those whose gradient is known; `stops`: why others are not."""
 
@@ -190,13 +194,11 @@ class Program:
     _fed: tuple[tuple[str, Head], ...]  # inputs that take projections
     _seed: tuple[int, ...]
 
-    def sums(self, draws: int = 2) -> Iterator[tuple[int, dict[Spot, np.ndarray]]]:
-        """For each batch of rows and each draw: (rows, float64 arrays [3, rows, channels] by spot).
+    def sums(self, draws: int = 2, weights: Mapping[str, float] = MappingProxyType({}), view: View = same) -> Iterator[Sums]:
+        """For each batch of calibration rows, draw by draw. Memory is that of a batch. DataError where a gradient is not finite.
 
-        They hold, over all positions of a row, the sums of y g and of g^2, and how many there are. Where rows cannot be told apart,
-        the batch counts as one. Memory is that of a batch.
-
-        DataError where a gradient is not finite.
+        `weights`: factors of heads' projections. `view`: what is made of each feed first. A classifier of
+        no more classes than draws is projected to its classes, one by one.
         """
         data, names = self._context.calibration, [f"gradient of {i}" for i in range(len(self.spots))]
         if data is None or not self.spots:
@@ -207,18 +209,29 @@ class Program:
         fixed = fixed_batch(data.inputs)
         for number, feed in enumerate(data.batches(_batch(self._model, self._known, next(iter(data.batches(1)))))):
             rows = row_count(feed) or 1
-            whole = padded(feed, fixed) if fixed else feed
+            whole = view(padded(feed, fixed) if fixed else feed)
             places = sizes.of(whole) if self._fed else {}
-            for draw in range(draws):
-                fed = zip(random[draw], self._fed, strict=True)
-                drawn = {name: _projection(r, places[head.tensor], head, self._dtype(head)) for r, (name, head) in fed}
-                found = dict(zip(self.spots, run(runner, {**whole, **drawn}, names), strict=True))
+            for draw in range(min(draws, self._classes(places) or draws)):
+                drawn = {}
+                for r, (_, head) in zip(random[draw], self._fed, strict=True):
+                    one = draw if draws >= (self._classes(places) or draws + 1) else None
+                    signs = _projection(r, places[head.tensor], head, self._dtype(head), one)
+                    drawn[head.tensor] = _counting(whole, signs * signs.dtype.type(weights.get(head.tensor, 1.0)))
+                fed = {name: drawn[head.tensor] for name, head in self._fed}
+                found = dict(zip(self.spots, run(runner, {**whole, **fed}, names), strict=True))
                 for spot, values in found.items():
                     if not np.isfinite(values).all():
                         raise DataError(f"data {data.where}: batch {number} makes the gradient of '{spot.tensor}' NaN or infinite")
-                yield rows, {spot: _by_row(values, row_count(whole) or 1, rows) for spot, values in found.items()}
+                sums = {spot: _by_row(values, row_count(whole) or 1, rows) for spot, values in found.items()}
+                yield Sums(done, whole, rows, drawn, sums)
             done += rows
             self._context.progress("measure gradients", done, data.rows or done)
+
+    def _classes(self, places: Mapping[str, tuple[int, ...]]) -> int | None:
+        """Of the only head that takes projections, where it has one class a row."""
+        if len(self._fed) != 1 or self._fed[0][1].classes != 1 or len(places[self._fed[0][1].tensor]) != 2:
+            return None
+        return places[self._fed[0][1].tensor][1]
 
     def _dtype(self, head: Head) -> np.dtype:
         return self._known.dtype(head.tensor) or np.dtype(np.float32)
@@ -234,7 +247,7 @@ def program(model: Model, context: Context, spots: Collection[Spot], *, scalar: 
     """
     if context.calibration is None:
         raise PassError("prune", "calibration data is needed: give --calib PATH (or calibration=...)")
-    model, known = _prepared(model, context)
+    model, known = prepared(model, context)
     proto = model.proto()
     tape = Tape(set(model.tensors()) | {n.name for n in model.nodes()}, model.opset)
     top, seeds, fed = heads(model, known), dict[str, str](), list[tuple[str, Head]]()
@@ -263,7 +276,7 @@ def program(model: Model, context: Context, spots: Collection[Spot], *, scalar: 
     return Program(tuple(kept), stops, model, known, context, tuple(top), proto, tuple(fed), (seed,))
 
 
-def _prepared(model: Model, context: Context) -> tuple[Model, Shapes]:
+def prepared(model: Model, context: Context) -> tuple[Model, Shapes]:
     """A model of an opset that the rules can be written in, and of operators that have rules: the same one, or a copy.
 
     Operators without a rule that ONNX defines by others are written out; tensors that were there keep their names.
@@ -314,14 +327,14 @@ def _row_axis(shape: Shape, first: str | int | None) -> int:
 
 
 def _reduce(tape: Tape, spot: Spot, g: str, known: Shapes, first: str | int | None, output: str) -> None:
-    """[3, rows, channels]: the sums of y g and g^2 over all other axes, and the number of positions they are over."""
+    """[4, rows, channels]: the sums of y g, g and g^2 over all other axes, and the number of positions they are over."""
     shape = known.shapes[spot.tensor]
     rows, axis = _row_axis(shape, first), spot.axis % len(shape)
     others = [i for i in range(len(shape)) if i not in (rows, axis)]
     y = spot.tensor
     if known.dtype(y) == np.float16:  # sums of squares would overflow
         y, g = (tape.op("Cast", t, to=TensorProto.FLOAT) for t in (y, g))
-    parts = [tape.sum(tape.op("Mul", a, g), others, keep=False) for a in (y, g)]
+    parts = [tape.sum(term, others, keep=False) for term in (tape.op("Mul", y, g), g, tape.op("Mul", g, g))]
     size = tape.op("Div", tape.op("Size", y), tape.op("Size", parts[0]))
     parts.append(tape.op("Expand", tape.op("CastLike", size, parts[0]), tape.shape(parts[0])))
     if axis < rows:
@@ -331,18 +344,26 @@ def _reduce(tape: Tape, spot: Spot, g: str, known: Shapes, first: str | int | No
 
 
 def _by_row(values: np.ndarray, ran: int, rows: int) -> np.ndarray:
-    """[3, rows, channels] of the rows that count, from sums along an axis of which each row has an equal part."""
+    """[4, rows, channels] of the rows that count, from sums along an axis of which each row has an equal part."""
     if values.shape[1] % ran:
         return np.asarray(values.sum(1, keepdims=True, dtype=np.float64))
-    return np.asarray(values.reshape(3, ran, -1, values.shape[2]).sum(2, dtype=np.float64)[:, :rows])
+    return np.asarray(values.reshape(len(values), ran, -1, values.shape[2]).sum(2, dtype=np.float64)[:, :rows])
 
 
-def _projection(random: np.random.Generator, shape: tuple[int, ...], head: Head, dtype: np.dtype) -> np.ndarray:
-    """Signs; of a classifier, less their mean over the classes."""
-    signs = np.where(random.random(shape) < 0.5, -1.0, 1.0)
+def _projection(random: np.random.Generator, shape: tuple[int, ...], head: Head, dtype: np.dtype, one: int | None) -> np.ndarray:
+    """Signs, or the class `one`; of a classifier, less their mean over the classes."""
+    signs = (
+        np.where(random.random(shape) < 0.5, -1.0, 1.0) if one is None else np.broadcast_to(np.arange(shape[1]) == one, shape) * 1.0
+    )
     if head.classes is not None:
         signs -= signs.mean(head.classes, keepdims=True)
     return np.asarray(signs, dtype)
+
+
+def _counting(feed: Feed, signs: np.ndarray) -> np.ndarray:
+    """Zero at padded tokens."""
+    mask = token_mask(feed, signs)
+    return signs if mask is None else np.where(mask[..., None], signs, signs.dtype.type(0))
 
 
 class _Sizes:
@@ -383,31 +404,3 @@ def _batch(model: Model, known: Shapes, row: Feed) -> int:
         shape, dtype = bound.static(name), bound.dtype(name)
         total += 2 * prod(shape) * dtype.itemsize if shape is not None and dtype is not None else 0
     return int(min(max(BUDGET // max(total // max(row_count(row) or 1, 1), 1), 1), MAX_BATCH))
-
-
-def moments(
-    model: Model,
-    context: Context,
-    tensors: Collection[Axis],
-    *,
-    draws: int = 2,
-    seed: int = 0,
-    scalar: Scalar = "projections",
-) -> dict[Axis, Moments]:
-    """Moments of the gradient of the model's outputs (`program` says of which scalar) for each (tensor, axis) over the calibration
-    rows; (tensor, axis) of which no gradient is known are missing. The same for the same seed, whatever the batches.
-    """
-    spots = {Spot(*place): place for place in tensors}
-    ready = program(model, context, spots, scalar=scalar, seed=seed)
-    totals: dict[Spot, np.ndarray] = {}
-    counts: Counter[Spot] = Counter()
-    for _, found in ready.sums(draws):
-        for spot, (mask, square, positions) in found.items():
-            parts = np.stack([square.sum(0), positions.sum(0), np.square(mask).sum(0), np.abs(mask).sum(0)])
-            totals[spot] = totals[spot] + parts if spot in totals else parts
-            counts[spot] += len(mask)
-    result = {}
-    for spot, (square, positions, mask_square, mask_magnitude) in totals.items():
-        n = counts[spot]
-        result[spots[spot]] = Moments(square / positions, mask_square / n, mask_magnitude / n, float(positions[0]) / n, n)
-    return result

@@ -297,38 +297,33 @@ def named(way: Way) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A repair and the errors at the outputs on held-out rows: without it, and by way of repair (fitted without those rows)."""
+    """Ways of repair judged: the error at the outputs on held-out rows without one, and by way; the best way, and its model.
 
-    patch: Patch
+    None where no way is better than none. The model has been fitted without the held-out rows.
+    """
+
     way: Way | None
     before: float
     errors: dict[Way, float]
+    model: Model | None
 
 
-def repair_best(model: Model, baseline: Baseline, context: Context, modes: Sequence[Mode] = MODES) -> Outcome:
-    """Of these modes, and no repair, what brings the outputs nearest to the baseline's on held-out rows; then on all rows.
-
-    Of a single way there is nothing to choose: it is fitted on all rows at once, and only judged against no repair.
-    """
+def judge(model: Model, baseline: Baseline, context: Context, found: Sequence[Target], modes: Sequence[Mode] = MODES) -> Outcome:
+    """Of these modes, with and without mirrored rows, and no repair: what brings the outputs nearest to the baseline's."""
     if context.calibration is None:
         raise PassError("recover", "needs calibration data: give --calib PATH (or calibration=...)")
-    found = targets(model, baseline)
     truth = baseline.held(context.calibration)
     before = error(truth, outputs_of(model, truth))
     errors: dict[Way, float] = {}
-    ways = [(mode, mirror) for mode in modes for mirror in sorted({False, mirrorable(context.calibration)})] if found else []
-    patch = Patch()
-    for mode, mirror in ways:
-        copy = from_proto(model.proto())
-        patch = repair(model, baseline, context, found, mode, held_too=len(ways) == 1, mirrored=mirror)
-        apply(copy, patch)
-        errors[mode, mirror] = error(truth, outputs_of(copy, truth))
-    best = min(errors, key=lambda w: errors[w], default=None)
-    if best is None or errors[best] >= before:
-        return Outcome(Patch(), None, before, errors)
-    if len(ways) == 1:
-        return Outcome(patch, best, before, errors)
-    return Outcome(repair(model, baseline, context, found, best[0], mirrored=best[1]), best, before, errors)
+    best: tuple[float, Way | None, Model | None] = (before, None, None)
+    for mode in modes if found else ():
+        for mirror in sorted({False, mirrorable(context.calibration)}):
+            copy = from_proto(model.proto())
+            apply(copy, repair(model, baseline, context, found, mode, held_too=False, mirrored=mirror))
+            errors[mode, mirror] = error(truth, outputs_of(copy, truth))
+            if errors[mode, mirror] < best[0]:
+                best = errors[mode, mirror], (mode, mirror), copy
+    return Outcome(best[1], before, errors, best[2])
 
 
 def apply(model: Model, patch: Patch) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphopt.baseline import HELD
+from graphopt.agreement import is_held
 from graphopt.data import Dataset
 from graphopt.gram import positions, spread
 from graphopt.layers import Layer
@@ -56,4 +56,4 @@ def chosen_rows(
     whole = len(batch.mask) if batch.mask is not None else first
     rows = at // max(1, size // max(1, whole)) if whole and size % whole == 0 else at
     at, rows = at[rows < batch.rows], rows[rows < batch.rows]
-    return at, (batch.first + rows) % HELD == HELD - 1
+    return at, is_held(batch.first + rows)

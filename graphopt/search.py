@@ -47,7 +47,10 @@ LARGE = 1e8  # MACs of a row from which recipes of several steps take too long t
 
 @dataclass(frozen=True)
 class Tried:
-    """A recipe carried out: the pruned model, not repaired since its last step, and the error that repair left on held-out rows."""
+    """A recipe carried out: the pruned model, not repaired since its last step, and the error that repair left on held-out rows.
+
+    `repaired` is the model after that repair; of the best candidate only.
+    """
 
     recipe: Recipe
     mode: Mode
@@ -57,6 +60,7 @@ class Tried:
     baseline: Baseline
     units: int
     facts: dict[str, object]
+    repaired: Model | None = None
 
 
 def search(model: Model, context: Context, wanted: Request, recipes: Sequence[Recipe] = RECIPES) -> tuple[Tried, list[Tried]]:
@@ -69,6 +73,7 @@ def search(model: Model, context: Context, wanted: Request, recipes: Sequence[Re
     if baseline is None or context.calibration is None:
         raise PassError(wanted.name, "needs calibration data: give --calib PATH (or calibration=...)")
     tried: list[Tried] = []
+    best: Tried | None = None
     images = mirrorable(context.calibration)
     refused = ""
     for number, recipe in enumerate(recipes):
@@ -77,16 +82,24 @@ def search(model: Model, context: Context, wanted: Request, recipes: Sequence[Re
         if recipe.streams and _alike(recipe, recipes) and not has_streams(model, context, wanted):
             continue  # what the same recipe without streams does
         try:
-            tried.append(_judged(_carried_out(model, baseline, context, wanted, recipe), context, MODES[0], images))
+            best = _better(best, _judged(_carried_out(model, baseline, context, wanted, recipe), context, MODES[0], False), tried)
         except PassError as reason:  # out of reach for this recipe; another may get there
             refused = str(reason)
         context.progress("try candidates", number + 1, len(recipes))
-    if not tried:
+    if best is None:
         raise PassError(wanted.name, f"no candidate reaches the target: {refused}")
-    best = min(tried, key=lambda t: t.error)
-    ways = [(mode, mirrored) for mode in MODES for mirrored in {False, images}]
-    tried += [_judged(best, context, *way) for way in ways if way != (best.mode, best.mirrored)]
-    return min(tried, key=lambda t: t.error), tried
+    first = best
+    for mode in MODES[1:]:
+        best = _better(best, _judged(first, context, mode, False), tried)
+    if images:
+        best = _better(best, _judged(first, context, best.mode, True), tried)
+    return best, tried
+
+
+def _better(best: Tried | None, new: Tried, tried: list[Tried]) -> Tried:
+    """The better of both, which alone keeps its repaired model; the new one is noted."""
+    tried.append(replace(new, repaired=None))
+    return new if best is None or new.error < best.error else best
 
 
 def _alike(recipe: Recipe, recipes: Sequence[Recipe]) -> bool:
@@ -163,4 +176,4 @@ def _judged(candidate: Tried, context: Context, mode: Mode, mirrored: bool) -> T
     copy = from_proto(model.proto())
     apply(copy, repair(model, baseline, own, targets(model, baseline), mode, held_too=False, mirrored=mirrored))
     truth = baseline.held(context.calibration)
-    return replace(candidate, mode=mode, mirrored=mirrored, error=error(truth, outputs_of(copy, truth)))
+    return replace(candidate, mode=mode, mirrored=mirrored, error=error(truth, outputs_of(copy, truth)), repaired=copy)

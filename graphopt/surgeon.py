@@ -60,8 +60,7 @@ def order(group: Group, readers: Sequence[Reader]) -> Order | None:
             gone.append(int(alive[place]))
             costs.append(float(cost[place]))
         for state in states:
-            for unit in alive[picked]:
-                _eliminate(state, int(unit))
+            _eliminate(state, alive[picked])
         alive = np.delete(alive, picked)
     rest = np.sum([_costs(s, alive) for s in states], axis=0)
     tail = np.argsort(rest, kind="stable")
@@ -100,9 +99,9 @@ def _cost_of(state: _State, rows: np.ndarray) -> float:
     return float((mine * np.linalg.solve(state.inverse[np.ix_(rows, rows)], mine)).sum()) if rows.size else 0.0
 
 
-def _eliminate(state: _State, unit: int) -> None:
-    """Take the unit's features out: the others' weights and the inverse become those of the smaller problem."""
-    rows = state.rows[unit]
+def _eliminate(state: _State, units: np.ndarray) -> None:
+    """Take the units' features out: the others' weights and the inverse become those of the smaller problem."""
+    rows = state.rows[units].ravel()
     rows = rows[rows >= 0]
     if not rows.size:
         return

@@ -28,7 +28,6 @@ from graphopt.api import (
     file_digest,
     score_original,
 )
-from graphopt.baseline import HELD
 from graphopt.context import Context, Progress
 from graphopt.data import Dataset
 from graphopt.errors import ModelError, OptionError, PassError
@@ -198,7 +197,7 @@ def _scene(original: Model, calibration: Any, evaluation: Any, settings: Setting
     warnings: list[str] = []
     truth = None
     try:
-        truth = answers(original, data, held=HELD) if data is not None else None
+        truth = answers(original, data, held=True) if data is not None else None
     except ModelError as reason:
         warnings.append(f"errors at the outputs were not measured: {reason}")
     stem = copied(original)

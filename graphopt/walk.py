@@ -132,7 +132,7 @@ class Walk:
         self._proto, self._dtypes, self._stages, self._store = model.proto(), dtypes, [list(s) for s in stages], store
         self._weights = {t.name: t for t in self._proto.graph.initializer}
         self._nodes = list(self._proto.graph.node)
-        self._reads = [[n for n in _reads(node) if n and n not in self._weights] for node in self._nodes]
+        self._reads = [[n for n in reads_of(node) if n and n not in self._weights] for node in self._nodes]
         self._members = self._schedule()
         self._threads = 0 if model.weight_bytes() > _LARGE else 1
         self._session: tuple[int, object, list[str], list[str]] | None = None
@@ -180,9 +180,9 @@ class Walk:
         outputs = [n for n in dict.fromkeys(out for node in nodes for out in node.output if out) if n in self._kept(stage)]
         if not outputs:
             return stage, None, [], []
-        used = {n for node in nodes for n in _reads(node)}
+        used = {n for node in nodes for n in reads_of(node)}
         graph = onnx.GraphProto(name="stage", node=nodes, initializer=[t for n, t in self._weights.items() if n in used])
-        graph.input.extend(helper.make_tensor_value_info(n, _element(self._dtypes, n), None) for n in fed)
+        graph.input.extend(helper.make_tensor_value_info(n, element(self._dtypes, n), None) for n in fed)
         graph.output.extend(onnx.ValueInfoProto(name=n) for n in outputs)
         piece = onnx.ModelProto(ir_version=self._proto.ir_version, opset_import=self._proto.opset_import, graph=graph)
         piece.functions.extend(self._proto.functions)
@@ -207,18 +207,19 @@ class Walk:
         return onnx.numpy_helper.to_array(self._weights[name])
 
 
-def _element(dtypes: Mapping[str, np.dtype], name: str) -> int:
+def element(dtypes: Mapping[str, np.dtype], name: str) -> int:
+    """The ONNX type of a tensor; ModelError where it is not known."""
     if name not in dtypes:
         raise ModelError(f"the type of tensor '{name}' is not known, so the model cannot be run in pieces")
     return helper.np_dtype_to_tensor_dtype(np.dtype(dtypes[name]))
 
 
-def _reads(node: onnx.NodeProto) -> list[str]:
+def reads_of(node: onnx.NodeProto) -> list[str]:
     """What the node and the bodies inside it read from outside them."""
     names = list(node.input)
     for attribute in node.attribute:
         for body in [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs:
             local = {i.name for i in body.input} | {t.name for t in body.initializer} | {o for n in body.node for o in n.output}
-            names.extend(n for inner in body.node for n in _reads(inner) if n and n not in local)
+            names.extend(n for inner in body.node for n in reads_of(inner) if n and n not in local)
             names.extend(o.name for o in body.output if o.name not in local)
     return names

@@ -15,6 +15,7 @@ from graphopt.recovery import Patch, apply, named, repair, targets
 from graphopt.registry import register
 from graphopt.search import Tried, search
 from graphopt.shapes import shapes
+from graphopt.tuning import retune, tune
 
 NAME = "prune-search"
 
@@ -60,11 +61,14 @@ def prune_search(
     before = costs(model, context.get(shapes, model))
     best, tried = search(model, context, wanted)
     own = Context(context.calibration, context.target, context.progress)
+    assert best.repaired is not None
+    tuned = tune(best.repaired, best.baseline, own)
     patch = repair(best.model, best.baseline, own, targets(best.model, best.baseline), best.mode, mirrored=best.mirrored)
     apply(best.model, patch)
+    retune(best.model, best.baseline, own, tuned)
     after = costs(best.model)
     sizes = {"parameters": [before.parameters, after.parameters], "macs": [before.macs, after.macs]}
-    context.facts.update({**best.facts, **sizes, **_facts(best, tried, patch)})
+    context.facts.update({**best.facts, **sizes, **_facts(best, tried, patch), **tuned.facts()})
     model.graph, model.leftovers = best.model.graph, best.model.leftovers
     context.baseline = best.baseline
     return best.units
@@ -75,7 +79,6 @@ def _facts(best: Tried, tried: Sequence[Tried], patch: Patch) -> dict[str, objec
     return {
         "recipe": str(best.recipe),
         "mode": named((best.mode, best.mirrored)),
-        "error_after": best.error,
         "candidates": [
             {"recipe": str(t.recipe), "mode": named((t.mode, t.mirrored)), "error": t.error, "units": t.units} for t in tried
         ],

@@ -15,7 +15,8 @@ from graphopt.criteria import find_criterion, l2
 from graphopt.data import Dataset, input_specs, open_dataset
 from graphopt.dims import couple, groups
 from graphopt.errors import DataError, PassError
-from graphopt.gradients import Spot, heads, moments, program
+from graphopt.gradient_moments import moments
+from graphopt.gradients import Spot, heads, program
 from graphopt.model import Model, from_proto, load
 from graphopt.runtime import session
 from graphopt.shapes import shapes
