@@ -7,6 +7,7 @@ higher stays. Only order and ratios within a group matter: `graphopt.allocate` m
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from math import erfc, pi, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -115,15 +116,41 @@ def l2(model: Model, context: Context, groups: Sequence[Group]) -> Scores:
 @criterion("bn-scale")
 def bn_scale(model: Model, context: Context, groups: Sequence[Group]) -> Scores:
     """Magnitude of the BatchNormalization scale (Liu et al. 2017, arXiv:1708.06519); groups without one fall back on l2."""
-    scales = {id(n.inputs[1]) for n in model.nodes() if n.op == "BatchNormalization"}
+    return _normalised(model, context, groups, lambda scale, shift: np.abs(scale))
+
+
+@criterion("bn-scale-shift")
+def bn_scale_shift(model: Model, context: Context, groups: Sequence[Group]) -> Scores:
+    """Root mean square of a unit behind BatchNormalization and ReLU, its values taken as normal with that scale and shift.
+
+    A channel whose shift is far below zero is silent, whatever its scale. Groups without BatchNormalization fall back on l2.
+    """
+
+    def behind_relu(scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+        deviation = np.maximum(np.abs(scale.astype(np.float64)), 1e-12)
+        ratio = shift / deviation
+        below = np.array([0.5 * erfc(-r / sqrt(2)) for r in ratio])  # of the standard normal distribution
+        density = np.exp(-0.5 * np.square(ratio)) / sqrt(2 * pi)
+        found = (np.square(shift) + np.square(deviation)) * below + shift * deviation * density
+        return np.asarray(np.sqrt(np.maximum(found, 0)))
+
+    return _normalised(model, context, groups, behind_relu)
+
+
+def _normalised(
+    model: Model, context: Context, groups: Sequence[Group], size: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> Scores:
+    """The size, by scale and shift of BatchNormalizations, relative to the rest of each; l2 where there is none."""
+    nodes = {n.inputs[1].name: n for n in model.nodes() if n.op == "BatchNormalization" and len(n.inputs) > 2}
     tensors = model.tensors()
     scores = l2(model, context, groups)
     fallbacks = 0
     for i, group in enumerate(groups):
-        parts = [s for s in group.slices if id(tensors.get(s.tensor)) in scales and isinstance(tensors[s.tensor], gs.Constant)]
+        pairs = [(s, tensors.get(s.tensor), nodes[s.tensor].inputs[2]) for s in group.slices if s.tensor in nodes]
+        parts = [(s, a, b) for s, a, b in pairs if isinstance(a, gs.Constant) and isinstance(b, gs.Constant)]
         fallbacks += not parts
         if parts:
-            shares = [relative(per_unit(group, s.labels, np.abs(tensors[s.tensor].values))) for s in parts]
+            shares = [relative(per_unit(group, s.labels, size(a.values, b.values))) for s, a, b in parts]
             scores[i] = np.sum(shares, axis=0)
     context.facts["groups_without_bn_scale"] = fallbacks
     return scores

@@ -160,8 +160,10 @@ def _expand(name: str, options: Mapping[str, Any], group: str) -> list[Step]:
 
 
 def _replaced(own: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A preset's options with those given: another target (ratio, macs, params) takes the place of the preset's."""
-    goals = {"ratio", "macs", "params"}
+    """A preset's options with those given: another target (ratio, macs, ...) takes the place of the preset's."""
+    from graphopt.prune import GOALS
+
+    goals = set(GOALS)
     kept = {key: value for key, value in own.items() if key not in goals} if goals & given.keys() else own
     return {**kept, **given}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import ceil
@@ -22,22 +22,26 @@ from graphopt.groups_view import names_of, nodes_of, pinned, summarized
 from graphopt.inspect import is_quantized, quantization
 from graphopt.kinds import KINDS, Kind, kind_of
 from graphopt.layers import Layer, find_layers
-from graphopt.model import Model
+from graphopt.model import Model, from_proto
 from graphopt.proto import subgraphs, walk
 from graphopt.registry import suggest
 from graphopt.removal import kept_masks, remove
 from graphopt.shapes import shapes
+from graphopt.time_goal import aim, time_terms
 from graphopt.units import Freed, Holds, holdings, mac_terms, step_of, weight_terms
 from graphopt.worth import ABSOLUTE, Priority, by_score, measured, per_unit_freed
 
 Scope = Literal["uniform", "global", "sensitivity"]
 
 
+GOALS = ("ratio", "macs", "params", "bytes", "latency")
+
+
 @dataclass(frozen=True)
 class _Goal:
-    """One of: a share of units to remove, a share of MACs or of parameters to keep."""
+    """One of: a share of units to remove; a share of MACs, parameters, bytes of weights or milliseconds to keep."""
 
-    kind: str  # ratio, macs, params
+    kind: str  # of GOALS
     value: float
 
 
@@ -46,8 +50,7 @@ class _Scene:
     """The chosen groups as costs see them."""
 
     holds: list[Holds]
-    parameters: Freed
-    macs: Freed
+    freed: Mapping[str, Freed]  # by kind of goal
     costs: Costs
 
 
@@ -64,6 +67,8 @@ class Request:
     ratio: float | None = None
     macs: float | None = None
     params: float | None = None
+    bytes: float | None = None
+    latency: float | None = None
     scope: Scope = "uniform"
     criterion: str = "l2"
     round_to: int = 8
@@ -80,11 +85,30 @@ def prune_groups(model: Model, context: Context, wanted: Request) -> int:
 
     Raises OptionError for options that make no sense, PassError for a quantised model or a target out of reach.
     """
+    wanted, measured_facts = timed(model, context, wanted)
     labels, facts = plan_groups(model, context, wanted)
-    context.facts.update(facts)
+    context.facts.update({**facts, **measured_facts})
     if labels.size:
         cut(model, context, labels, _dims(model, context, wanted))
     return len(labels)
+
+
+def timed(model: Model, context: Context, wanted: Request) -> tuple[Request, dict[str, object]]:
+    """A target in milliseconds as the share of the planned time that reaches it, by timing pruned copies; and what to report."""
+    if wanted.latency is None:
+        return wanted, {}
+    goal_of(wanted)
+
+    def made(planned: float) -> Model:
+        copy = from_proto(model.proto())
+        labels, _ = plan_groups(model, context, replace(wanted, latency=planned))
+        if labels.size:
+            cut(copy, Context(), labels, _dims(copy, Context(), wanted))
+        copy.sort()
+        return copy
+
+    planned, taken = aim(wanted.latency, made, model, context, wanted.name)
+    return replace(wanted, latency=planned), {"latency": {"asked": wanted.latency, "planned": planned, "measured": taken}}
 
 
 def couple_streams(model: Model) -> Dims:
@@ -114,7 +138,7 @@ def plan_groups(model: Model, context: Context, wanted: Request) -> tuple[np.nda
     _refuse_quantized(model, wanted.name)
     dims = _dims(model, context, wanted)
     chosen = _choose(model, context, dims, wanted)
-    scene = _scene(model, context, dims, chosen)
+    scene = _scene(model, context, dims, chosen, goal)
     scores = score(model, context, chosen) if chosen else []
     worth = _worth(model, context, scene, chosen, scores, goal, wanted)
     candidates = _candidates(scene, chosen, scores, worth, wanted)
@@ -140,10 +164,10 @@ def _worth(
     """What makes units of different groups comparable; None: LAMP, or for measured sensitivity that the group stays."""
     if wanted.scope == "uniform" or not chosen:
         return [None] * len(chosen)
-    freed = scene.parameters if goal.kind == "params" else scene.macs
+    freed = scene.freed.get(goal.kind, scene.freed["macs"])
     each = {i: per_unit_freed(freed, holds) for i, holds in enumerate(scene.holds)}
     if wanted.scope == "sensitivity":
-        return measured(model, context, chosen, each, float(scene.macs.total))
+        return measured(model, context, chosen, each, float(scene.freed["macs"].total))
     if wanted.criterion in ABSOLUTE:
         return [by_score(score, each[i]) for i, score in enumerate(scores)]
     return [None] * len(chosen)
@@ -151,10 +175,10 @@ def _worth(
 
 def goal_of(wanted: Request) -> _Goal:
     """What is asked for; OptionError unless it is exactly one thing that makes sense."""
-    values = (("ratio", wanted.ratio), ("macs", wanted.macs), ("params", wanted.params))
+    values = ((kind, getattr(wanted, kind)) for kind in GOALS)
     given = [_Goal(kind, value) for kind, value in values if value is not None]
     if len(given) != 1:
-        raise OptionError(f"{wanted.name}: give exactly one of ratio=, macs= and params=, not {len(given)}")
+        raise OptionError(f"{wanted.name}: give exactly one of {'=, '.join(GOALS[:-1])}= and {GOALS[-1]}=, not {len(given)}")
     goal = given[0]
     if goal.kind == "ratio" and not 0 <= goal.value < 1:
         raise OptionError(f"{wanted.name}: ratio={goal.value:g} is the share of units to remove: at least 0, below 1")
@@ -234,11 +258,14 @@ def _upstream(model: Model, wanted: Request) -> set[int]:
     return seen
 
 
-def _scene(model: Model, context: Context, dims: Dims, chosen: Sequence[Group]) -> _Scene:
+def _scene(model: Model, context: Context, dims: Dims, chosen: Sequence[Group], goal: _Goal) -> _Scene:
     counted = costs(model, context.get(shapes, model))
-    weights, sizes = weight_terms(model)
+    weights, wide, sizes = weight_terms(model)
     holds = holdings(chosen, dims, {**sizes, **counted.sizes})
-    return _Scene(holds, Freed(weights, sizes), Freed(mac_terms(counted), counted.sizes), counted)
+    freed = {"params": Freed(weights, sizes), "bytes": Freed(wide, sizes), "macs": Freed(mac_terms(counted), counted.sizes)}
+    if goal.kind == "latency":
+        freed["latency"] = Freed(time_terms(model, context, counted), counted.sizes)
+    return _Scene(holds, freed, counted)
 
 
 def _candidates(
@@ -251,7 +278,7 @@ def _candidates(
             raise PassError(
                 wanted.name, f"group of '{where}': the criterion did not give {len(group.units)} finite numbers of at least 0"
             )
-        step = step_of(holds, scene.parameters.sizes, wanted.round_to)
+        step = step_of(holds, scene.freed["params"].sizes, wanted.round_to)
         size = len(group.units)
         stays = wanted.scope == "sensitivity" and priority is None
         minimum = size if stays else max(wanted.minimum, ceil(wanted.least * size))
@@ -268,7 +295,7 @@ def _plan(scene: _Scene, candidates: Sequence[Candidate], goal: _Goal, wanted: R
         return ()
     if goal.kind == "ratio":
         return by_ratio(candidates, goal.value, scope=_levels(wanted.scope))
-    freed = scene.macs if goal.kind == "macs" else scene.parameters
+    freed = scene.freed[goal.kind]
     if not freed.total:
         raise PassError(wanted.name, f"{goal.kind}={goal.value:g} cannot be aimed at: none could be counted; use ratio= or params=")
     gauge = meter(freed.terms, freed.sizes, candidates)
@@ -298,7 +325,7 @@ def _facts(
         return gone
 
     mine, exact = lost(plan), lost(unrounded)
-    parameters, macs = scene.parameters, scene.macs
+    parameters, macs = scene.freed["params"], scene.freed["macs"]
     return {
         "groups": len(candidates),
         "groups_pruned": sum(k > 0 for k in plan),

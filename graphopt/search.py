@@ -12,7 +12,7 @@ from graphopt.context import Context
 from graphopt.cost import costs
 from graphopt.errors import PassError
 from graphopt.model import Model, from_proto
-from graphopt.prune import Request, Scope, cut, goal_of, has_streams, plan_groups
+from graphopt.prune import Request, Scope, cut, goal_of, has_streams, plan_groups, timed
 from graphopt.recovery import MODES, Mode, apply, repair, targets
 from graphopt.shapes import shapes
 from graphopt.walk import mirrorable
@@ -43,6 +43,9 @@ RECIPES = (
 
 
 LARGE = 1e8  # MACs of a row from which recipes of several steps take too long to be tried
+
+
+_MORE_ROWS = 1.05  # held-out rows are too few to tell errors this near apart; then the fit on twice as many rows is taken
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def search(model: Model, context: Context, wanted: Request, recipes: Sequence[Re
     images = mirrorable(context.calibration)
     refused = ""
     for number, recipe in enumerate(recipes):
-        if recipe.steps > 1 and context.get(macs, model) > LARGE and len(recipes) > 1:
+        if recipe.steps > 1 and len(recipes) > 1 and (wanted.latency is not None or context.get(macs, model) > LARGE):
             continue
         if recipe.streams and _alike(recipe, recipes) and not has_streams(model, context, wanted):
             continue  # what the same recipe without streams does
@@ -92,14 +95,14 @@ def search(model: Model, context: Context, wanted: Request, recipes: Sequence[Re
     for mode in MODES[1:]:
         best = _better(best, _judged(first, context, mode, False), tried)
     if images:
-        best = _better(best, _judged(first, context, best.mode, True), tried)
+        best = _better(best, _judged(first, context, best.mode, True), tried, _MORE_ROWS)
     return best, tried
 
 
-def _better(best: Tried | None, new: Tried, tried: list[Tried]) -> Tried:
+def _better(best: Tried | None, new: Tried, tried: list[Tried], favour: float = 1.0) -> Tried:
     """The better of both, which alone keeps its repaired model; the new one is noted."""
     tried.append(replace(new, repaired=None))
-    return new if best is None or new.error < best.error else best
+    return new if best is None or new.error < favour * best.error else best
 
 
 def _alike(recipe: Recipe, recipes: Sequence[Recipe]) -> bool:
@@ -109,6 +112,7 @@ def _alike(recipe: Recipe, recipes: Sequence[Recipe]) -> bool:
 def _carried_out(model: Model, baseline: Baseline, context: Context, wanted: Request, recipe: Recipe) -> Tried:
     """Prune a copy, in steps with a repair before each but the first; measurements of the model itself are shared."""
     asked = replace(wanted, criterion=recipe.criterion, scope=recipe.scope, streams=recipe.streams)
+    asked, times = timed(model, context, asked)
     copy = from_proto(model.proto())
     own = Context(context.calibration, context.target, baseline=baseline.copy())
     whole = _size(model, context, wanted)
@@ -128,7 +132,9 @@ def _carried_out(model: Model, baseline: Baseline, context: Context, wanted: Req
         _add(removed, facts["removed"])
         total = total or int(str(facts["units"]))
         units += len(labels)
-    return Tried(recipe, MODES[0], False, float("inf"), copy, _own(own), units, {**facts, "removed": list(removed.values())})
+    return Tried(
+        recipe, MODES[0], False, float("inf"), copy, _own(own), units, {**facts, **times, "removed": list(removed.values())}
+    )
 
 
 def _add(removed: dict[str, dict[str, Any]], found: object) -> None:
@@ -153,7 +159,8 @@ def macs(model: Model) -> int:
 def _size(model: Model, context: Context, wanted: Request) -> float:
     """What the target counts."""
     found = costs(model, context.get(shapes, model))
-    return float(found.parameters if wanted.params is not None else found.counted_macs)
+    sizes = {"params": found.parameters, "bytes": found.weight_bytes}
+    return float(sizes.get(goal_of(wanted).kind, found.counted_macs))
 
 
 def _part(wanted: Request, share: float, grown: float, gone: int, total: int) -> Request:
@@ -163,9 +170,11 @@ def _part(wanted: Request, share: float, grown: float, gone: int, total: int) ->
     if wanted.ratio is not None:
         goal = int(total * wanted.ratio * share + 1e-9)  # as `allocate.by_ratio` counts
         return replace(wanted, ratio=(goal - gone) / (total - gone) if total else wanted.ratio * share)
-    kept = wanted.macs if wanted.macs is not None else wanted.params
-    left = min(1.0, (1 - (1 - (kept or 1.0)) * share) * grown)
-    return replace(wanted, macs=left) if wanted.macs is not None else replace(wanted, params=left)
+    aimed = goal_of(wanted)
+    if share == 1 and grown == 1:
+        return wanted
+    changed: dict[str, Any] = {aimed.kind: min(1.0, (1 - (1 - aimed.value) * share) * grown)}
+    return replace(wanted, **changed)
 
 
 def _judged(candidate: Tried, context: Context, mode: Mode, mirrored: bool) -> Tried:

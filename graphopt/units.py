@@ -15,11 +15,12 @@ from graphopt.model import Model
 Holds = dict[Axis, np.ndarray]  # how many indices of the axis each unit of a group has
 
 
-def weight_terms(model: Model) -> tuple[list[Term], dict[Axis, int]]:
-    """The number of parameters as a sum of terms, one a weight, and the sizes of their axes."""
+def weight_terms(model: Model) -> tuple[list[Term], list[Term], dict[Axis, int]]:
+    """The number of parameters as a sum of terms, one a weight; their bytes likewise; and the sizes of their axes."""
     held = weights(model)
     terms = [Term(tuple((c.name, i) for i in range(len(c.shape)))) for c in held]
-    return terms, {(c.name, i): int(size) for c in held for i, size in enumerate(c.shape)}
+    wide = [Term(term.axes, np.dtype(c.dtype).itemsize) for term, c in zip(terms, held, strict=True)]
+    return terms, wide, {(c.name, i): int(size) for c in held for i, size in enumerate(c.shape)}
 
 
 def mac_terms(costs: Costs) -> list[Term]:

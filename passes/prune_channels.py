@@ -21,6 +21,8 @@ def prune_channels(
     ratio: float | None = None,
     macs: float | None = None,
     params: float | None = None,
+    bytes: float | None = None,
+    latency: float | None = None,
     scope: Literal["uniform", "global", "sensitivity"] = "uniform",
     criterion: str = "l2",
     round_to: int = 8,
@@ -32,12 +34,13 @@ def prune_channels(
 ) -> int:
     """The least important units of every coupled group are cut out of all weights that hold them.
 
-    - ratio, macs, params: give exactly one. ratio: the share of units to remove; macs, params: the share of the model's MACs or
-      parameters that stays, by the least pruning that gets there.
+    - ratio, macs, params, bytes, latency: give exactly one. ratio: the share of units to remove. The others: the share that is to
+      stay of MACs, parameters, bytes of weights, or time in onnxruntime on this machine (one row, one thread; pruned copies are
+      timed), by the least pruning that gets there.
     - scope: uniform takes the same share of every group, global ranks all units together,
       sensitivity too, by what their removal does to the outputs on calibration rows.
-    - criterion: how important a unit is. l1, l2: the size of its weights; bn-scale: its BatchNormalization scale (use it before
-      fold-bn); activation: its mean magnitude on calibration rows (--calib) times the weights that read it; fluctuation,
+    - criterion: how important a unit is. l1, l2: the size of its weights; bn-scale, bn-scale-shift: its BatchNormalization (use
+      them before fold-bn); activation: its mean magnitude on calibration rows (--calib) times the weights reading it; fluctuation,
       first-order, fisher, obs: see docs/pruning.md and docs/recovery.md (they need --calib too); or a plugin's.
     - round_to: groups keep a multiple of this many units, and those too small for one stay whole; kernels like multiples of 8.
     - minimum: units that every group keeps.
@@ -55,6 +58,8 @@ def prune_channels(
         ratio=ratio,
         macs=macs,
         params=params,
+        bytes=bytes,
+        latency=latency,
         scope=scope,
         criterion=criterion,
         round_to=round_to,

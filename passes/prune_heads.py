@@ -20,6 +20,8 @@ def prune_heads(
     ratio: float | None = None,
     macs: float | None = None,
     params: float | None = None,
+    bytes: float | None = None,
+    latency: float | None = None,
     scope: Literal["uniform", "global", "sensitivity"] = "uniform",
     criterion: str = "l2",
     round_to: int = 1,
@@ -30,12 +32,13 @@ def prune_heads(
 ) -> int:
     """The least important heads of every attention block are cut out of all weights that hold them.
 
-    - ratio, macs, params: give exactly one. ratio: the share of heads to remove; macs, params: the share of the model's MACs or
-      parameters that stays, by the least pruning that gets there.
+    - ratio, macs, params, bytes, latency: give exactly one. ratio: the share of heads to remove. The others: the share that is to
+      stay of MACs, parameters, bytes of weights, or time in onnxruntime on this machine (one row, one thread; pruned copies are
+      timed), by the least pruning that gets there.
     - scope: uniform takes the same share of every group, global ranks all heads together,
       sensitivity too, by what their removal does to the outputs on calibration rows.
-    - criterion: how important a unit is. l1, l2: the size of its weights; bn-scale: its BatchNormalization scale (use it before
-      fold-bn); activation: its mean magnitude on calibration rows (--calib) times the weights that read it; fluctuation,
+    - criterion: how important a unit is. l1, l2: the size of its weights; bn-scale, bn-scale-shift: its BatchNormalization (use
+      them before fold-bn); activation: its mean magnitude on calibration rows (--calib) times the weights reading it; fluctuation,
       first-order, fisher, obs: see docs/pruning.md and docs/recovery.md (they need --calib too); or a plugin's.
     - round_to: every weight's axis keeps a multiple of this many indices; a head is usually wide enough to need no rounding.
     - minimum: units that every group keeps.
@@ -52,6 +55,8 @@ def prune_heads(
         ratio=ratio,
         macs=macs,
         params=params,
+        bytes=bytes,
+        latency=latency,
         scope=scope,
         criterion=criterion,
         round_to=round_to,

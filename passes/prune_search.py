@@ -28,6 +28,8 @@ def prune_search(
     ratio: float | None = None,
     macs: float | None = None,
     params: float | None = None,
+    bytes: float | None = None,
+    latency: float | None = None,
     kinds: tuple[Kind, ...] = KINDS,
     round_to: int = 8,
     minimum: int = 1,
@@ -37,7 +39,8 @@ def prune_search(
 ) -> int:
     """Units are removed by several recipes, each repaired in closed form; what stays nearest to the original's outputs is taken.
 
-    - ratio, macs, params: give exactly one, as for prune-channels: the share of units to remove, or of MACs or parameters to keep.
+    - ratio, macs, params, bytes, latency: give exactly one, as for prune-channels: the share of units to remove, or the share of
+      MACs, parameters, bytes or time on this machine to keep.
     - kinds: what may go: heads, neurons, channels; all where nothing is said.
     - round_to, minimum, include, exclude, protect: as for prune-channels.
 
@@ -51,6 +54,8 @@ def prune_search(
         ratio=ratio,
         macs=macs,
         params=params,
+        bytes=bytes,
+        latency=latency,
         round_to=round_to,
         minimum=minimum,
         include=include,

@@ -9,7 +9,7 @@ import onnx.parser
 import pytest
 
 from graphopt.context import Context
-from graphopt.criteria import CRITERIA, activation, bn_scale, criterion, find_criterion, l1, l2
+from graphopt.criteria import CRITERIA, activation, bn_scale, bn_scale_shift, criterion, find_criterion, l1, l2
 from graphopt.data import Dataset, input_specs, open_dataset
 from graphopt.dims import Group, couple, groups
 from graphopt.errors import DataError, OptionError, PassError
@@ -77,6 +77,16 @@ def test_bn_scale_takes_the_magnitude_of_the_scale_and_falls_back_where_there_is
     m, context = model(DENSE), Context()
     np.testing.assert_allclose(bn_scale(m, context, only_group(m))[0], l2(m, context, only_group(m))[0])
     assert context.facts["groups_without_bn_scale"] == 1
+
+
+def test_bn_scale_shift_is_the_size_behind_a_relu() -> None:
+    """Against draws: scales 1, -2 and 0, shifts 0.5, -1 and 3; and a unit that a large negative shift silences."""
+    m, context = model(BN.replace("b = {0,0,0}", "b = {0.5,-1,3}")), Context()
+    draws = np.random.default_rng(0).standard_normal((200_000, 3)) * [1, -2, 0] + [0.5, -1, 3]
+    expected = np.sqrt(np.square(np.maximum(draws, 0)).mean(0))
+    np.testing.assert_allclose(bn_scale_shift(m, context, only_group(m))[0], expected / expected.mean(), rtol=0.02)
+    silent = model(BN.replace("b = {0,0,0}", "b = {-9,0,1}"))
+    assert bn_scale_shift(silent, context, only_group(silent))[0].argmin() == 0
 
 
 @pytest.mark.parametrize("opset", [13, 18])

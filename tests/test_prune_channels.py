@@ -14,6 +14,7 @@ from graphopt.context import Context
 from graphopt.cost import costs
 from graphopt.edit import replace_uses
 from graphopt.errors import OptionError, PassError
+from graphopt.measure import paired
 from graphopt.model import Model, from_proto
 from graphopt.passes.prune_channels import prune_channels
 from graphopt.runtime import run, session
@@ -179,13 +180,14 @@ def test_a_protected_output_does_not_change_while_other_heads_shrink() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of ratio=, macs= and params=, not 0"),
+        ({}, "exactly one of ratio=, macs=, params=, bytes= and latency=, not 0"),
         ({"ratio": 0.5, "macs": 0.5}, "exactly one of .* not 2"),
         ({"ratio": 1.0}, "ratio=1 .* below 1"),
         ({"ratio": -0.1}, "ratio=-0.1"),
         ({"ratio": float("nan")}, "ratio=nan"),
         ({"macs": 0.0}, "macs=0 .* above 0"),
         ({"params": 1.5}, "params=1.5 .* at most 1"),
+        ({"latency": 0.0}, "latency=0 .* above 0"),
         ({"ratio": 0.5, "round_to": 0}, "must be at least 1"),
         ({"ratio": 0.5, "criterion": "activations"}, "unknown criterion 'activations'; did you mean 'activation'"),
         ({"ratio": 0.5, "protect": ("rigth",)}, "protect=rigth matches no output; did you mean 'right'"),
@@ -236,3 +238,39 @@ def test_macs_of_the_result_are_recounted_for_many_targets() -> None:
     for target in (0.9, 0.6, 0.3):
         model, _, _ = prune(CHAIN, macs=target, round_to=1, scope="global")
         assert (costs(model).macs or 0) <= target * total
+
+
+def test_a_target_in_bytes_counts_them() -> None:
+    model = parsed(CHAIN)
+    before = costs(model)
+    assert prune_channels(model, (context := Context()), bytes=0.5, round_to=1) > 0
+    after = costs(model)
+    assert 0.35 * before.weight_bytes < after.weight_bytes <= 0.5 * before.weight_bytes
+    assert context.facts["parameters"] == [before.parameters, after.parameters]
+
+
+WIDE = """g (float[N,3,64,64] x, float[256,3,3,3] w1, float[256,256,3,3] w2, float[5,256] w3) => (float[N,5] y) {
+    a = Conv<pads=[1,1,1,1]>(x, w1)
+    b = Relu(a)
+    c = Conv<pads=[1,1,1,1]>(b, w2)
+    d = Relu(c)
+    e = GlobalAveragePool(d)
+    f = Flatten(e)
+    y = Gemm<transB=1>(f, w3)
+}"""
+
+
+def test_a_target_in_milliseconds_is_measured() -> None:
+    """The pruned model takes what was asked for; timed again here, with room for noise. The report has asked, planned, measured."""
+    model = parsed(WIDE)
+    original, context = model.proto(), Context()
+    assert prune_channels(model, context, latency=0.5) > 0
+    model.sort()
+    found = context.facts["latency"]
+    assert found["asked"] == 0.5
+    assert 0.2 < found["measured"] <= 0.5
+    feed = {"x": np.zeros((1, 3, 64, 64), np.float32)}
+    again = paired(session(original, threads=1), session(model.proto(), threads=1), feed, seconds=0.5)
+    assert again.speed > 1.4
+    with pytest.raises(PassError, match="latency=0.001 cannot be reached: .* of the original's time; use macs="):
+        prune_channels(parsed(WIDE), Context(), latency=0.001, minimum=64)
