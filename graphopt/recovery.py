@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 from graphopt.agreement import error, outputs_of
 from graphopt.baseline import Baseline
 from graphopt.context import Context
+from graphopt.cost import costs
 from graphopt.edit import peek, set_input
 from graphopt.errors import PassError
 from graphopt.gram import Fit, Gram, Moments, inputs_at, outputs_at, spread
@@ -31,6 +32,7 @@ Mode = Literal["sequential", "matched", "local"]
 Way = tuple[Mode, bool]  # and whether mirrored images take part
 MODES: tuple[Mode, ...] = ("matched", "sequential", "local")
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)
+_EFFORT = 5e11  # MACs of a pass over the rows from which only one way of repair is tried
 _SPARSE = 0.2  # share of zeros from which a weight counts as sparse, and keeps its zeros
 
 
@@ -299,13 +301,21 @@ def named(way: Way) -> str:
 class Outcome:
     """Ways of repair judged: the error at the outputs on held-out rows without one, and by way; the best way, and its model.
 
-    None where no way is better than none. The model has been fitted without the held-out rows.
+    None where no way is better than none. The model has been fitted without the held-out rows; but where there was only one way,
+    on all rows at once, by `patch`.
     """
 
     way: Way | None
     before: float
     errors: dict[Way, float]
     model: Model | None
+    patch: Patch | None = None
+
+
+def affordable(model: Model, context: Context) -> tuple[Mode, ...]:
+    """The modes to try: all, or one where every pass over the calibration rows takes minutes."""
+    rows = (context.calibration.rows if context.calibration is not None else None) or 0
+    return MODES if costs(model, context.get(shapes, model)).counted_macs * rows < _EFFORT else ("sequential",)
 
 
 def judge(model: Model, baseline: Baseline, context: Context, found: Sequence[Target], modes: Sequence[Mode] = MODES) -> Outcome:
@@ -315,15 +325,16 @@ def judge(model: Model, baseline: Baseline, context: Context, found: Sequence[Ta
     truth = baseline.held(context.calibration)
     before = error(truth, outputs_of(model, truth))
     errors: dict[Way, float] = {}
-    best: tuple[float, Way | None, Model | None] = (before, None, None)
-    for mode in modes if found else ():
-        for mirror in sorted({False, mirrorable(context.calibration)}):
-            copy = from_proto(model.proto())
-            apply(copy, repair(model, baseline, context, found, mode, held_too=False, mirrored=mirror))
-            errors[mode, mirror] = error(truth, outputs_of(copy, truth))
-            if errors[mode, mirror] < best[0]:
-                best = errors[mode, mirror], (mode, mirror), copy
-    return Outcome(best[1], before, errors, best[2])
+    ways = [(mode, mirror) for mode in modes for mirror in sorted({False, mirrorable(context.calibration)})] if found else []
+    best = Outcome(None, before, errors, None)
+    for way in ways:
+        copy = from_proto(model.proto())
+        patch = repair(model, baseline, context, found, way[0], held_too=len(ways) == 1, mirrored=way[1])
+        apply(copy, patch)
+        errors[way] = error(truth, outputs_of(copy, truth))
+        if errors[way] < (before if best.way is None else errors[best.way]):
+            best = Outcome(way, before, errors, copy, patch if len(ways) == 1 else None)
+    return best
 
 
 def apply(model: Model, patch: Patch) -> int:

@@ -105,8 +105,11 @@ def equations(model: Model, baseline: Baseline, context: Context) -> Equations |
     data = context.calibration
     assert data is not None
     layers = tuple(layer for layer in find_layers(model)[0] if layer.bias is not None)
-    spots = [Spot(layer.y, layer.channel_axis) for layer in layers]
     views: list[View] = [same, lambda feed: mirrored(data, feed)] if mirrorable(data) else [same]
+    draws = _draws(model, layers, (data.rows or 0) * len(views))
+    if not draws:
+        return "the model is too large for its gradients to be measured in a minute"
+    spots = [Spot(layer.y, layer.channel_axis) for layer in layers]
     try:
         ready = program(model, context, spots)
     except ModelError as reason:
@@ -114,15 +117,12 @@ def equations(model: Model, baseline: Baseline, context: Context) -> Equations |
     layers = tuple(layer for layer, spot in zip(layers, spots, strict=True) if spot in ready.spots)
     if not layers:
         return "; ".join(sorted({f"{s.op}: {s.why}" for s in ready.stops})) or "no layer has a bias"
-    draws = _draws(model, layers, (data.rows or 0) * len(views))
-    if not draws:
-        return "the model is too large for its gradients to be measured in a minute"
     return _gathered(ready, model, baseline, data, layers, draws, views)
 
 
 def _draws(model: Model, layers: Sequence[Layer], rows: int) -> int:
     """How many projections of each row fit the budgets."""
-    channels = sum(_channels(model, layers))
+    channels = max(sum(_channels(model, layers)), 1)
     passes = 3.0 * max(costs(model).counted_macs, 1) * max(rows, 1)
     return int(min(DRAWS, _MACS / passes, _NUMBERS / (2 * channels * max(rows, 1))))
 
