@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from graphopt.data import Dataset
+    from graphopt.detail import Recorder
     from graphopt.hooks import NumericCheck
     from graphopt.report import PassRow, Report
 
@@ -49,6 +50,7 @@ class Settings:
     hooks: Sequence[Hook] = ()
     progress: Progress = _silent
     here: bool = True
+    detail: bool = False
 
     def steps(self) -> list[Step]:
         """The pipeline, parsed and checked."""
@@ -149,6 +151,7 @@ def optimize(
     target: str = DEFAULT_TARGET,
     check: bool = False,
     measure: bool = False,
+    detail: bool = False,
     hooks: Sequence[Hook] = (),
     progress: Progress = _silent,
 ) -> Result:
@@ -158,9 +161,10 @@ def optimize(
     passes: as on the command line, `"cleanup, prune-channels ratio=0.3"`, or names and (name, options) pairs; default `fold`.
     calibration, evaluation: a path (.npz, folder, `module:function`), a dict of arrays, or an iterable of feeds; evaluation
     rows need `labels`. check: compare outputs before and after every exact pass. measure: latency and peak memory too.
+    detail: `Result.report.detail` too, layer by layer and pass by pass.
     Raises GraphoptError; a failed check is returned in `Result.failure` with the model, so that it can be looked at.
     """
-    settings = Settings(passes, pipeline, calibration, evaluation, metric, target, check, measure, hooks, progress)
+    settings = Settings(passes, pipeline, calibration, evaluation, metric, target, check, measure, hooks, progress, detail=detail)
     return optimize_with(model, settings)
 
 
@@ -176,10 +180,11 @@ def optimize_with(source: str | Path | onnx.ModelProto | Model, settings: Settin
     calibration = dataset_of(settings.calibration, original)
     evaluation = dataset_of(settings.evaluation, original)
     scored = score_original(original, evaluation, settings)
-    context = Context(calibration, target, settings.progress, settings.here)
+    context = Context(calibration, target, settings.progress, settings.here, settings.detail)
     start = figures(work, context)
     counter, failure, checked = PassRows(context, start), None, 0
-    hooks: list[Hook] = [counter, *settings.hooks]
+    recorder = _recorder(settings, work)
+    hooks: list[Hook] = [counter, *([recorder] if recorder else []), *settings.hooks]
     if settings.check:
         from graphopt.hooks import NumericCheck
 
@@ -198,9 +203,24 @@ def optimize_with(source: str | Path | onnx.ModelProto | Model, settings: Settin
     if failure is None:
         from graphopt.gains import measure_gains
 
-        measure_gains(report, original, work, calibration, evaluation, scored, settings)
+        measure_gains(report, original, work, calibration, evaluation, scored, settings, recorder.stages if recorder else ())
+        if recorder is not None:
+            from graphopt.detail import measure_detail
+
+            report.detail = measure_detail(report, recorder, (original, work), (evaluation, calibration), scored, settings)
     report.seconds = time.perf_counter() - began
     return Result(work, report, failure)
+
+
+def _recorder(settings: Settings, model: Model) -> Recorder | None:
+    """What follows the passes for the report, where one is asked for."""
+    if not settings.detail:
+        return None
+    from graphopt.detail import Recorder
+
+    recorder = Recorder()
+    recorder.lineage.start(model)
+    return recorder
 
 
 def copied(source: str | Path | onnx.ModelProto | Model) -> Model:

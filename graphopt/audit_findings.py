@@ -13,10 +13,11 @@ import onnx_graphsurgeon as gs
 
 from graphopt.audit_profile import CONVERSIONS, LAYOUTS, Kernel
 from graphopt.audit_reasons import DQ, WEIGHTED, Q, dequantizer, is_op, on_activation, weight_shape
-from graphopt.audit_report import Category, Finding, NodeAudit
+from graphopt.audit_report import Finding, NodeAudit
 from graphopt.edit import constant_value
 from graphopt.gains import DOT_PRODUCTS, environment
 from graphopt.model import OWN
+from graphopt.report import Category
 
 if TYPE_CHECKING:
     from graphopt.auditing import Audited

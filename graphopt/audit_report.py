@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from graphopt.report import Environment, Row, Versioned
+from graphopt.report import Category, Environment, Row, Versioned
 
 Kind = Literal["fallback", "slow", "conversion", "weight", "sparse", "operators"]
 
@@ -40,14 +40,6 @@ class OpTime(Row):
     count: int
     us: float
     share: float
-
-
-class Category(Row):
-    """Where the difference to the base comes from."""
-
-    name: str
-    base_us: float
-    us: float
 
 
 class Finding(Row):

@@ -72,6 +72,18 @@ def audit(
     return _report(str(model), first, rest[0] if rest else None, (name, speedup), (batch, threads, runs), warnings)
 
 
+def audit_pair(
+    models: tuple[Model, Model], contents: Sequence[bytes | Path], feed: Any, *, runs: int, speedup: float | None
+) -> AuditReport:
+    """A model and its base, which `contents` hold in this order, on one feed with one thread. `speedup`: as measured before.
+
+    Raises ModelError where one does not load or run.
+    """
+    found = profiles(contents, [feed, feed], runs=runs, threads=1)
+    mine, base = (_audited(m, p) for m, p in zip(models, found, strict=True))
+    return _report("the result", mine, base, ("the original", speedup), (1, 1, runs), [])
+
+
 def require(report: AuditReport, wanted: Sequence[str]) -> None:
     """Raise CheckError where the report falls short of `int8=0.9` (share of MACs, at least), `speed=1.2` (over the base, at least)
     or `fallbacks=0` (at most); OptionError where a requirement cannot be read."""

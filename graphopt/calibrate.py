@@ -73,6 +73,7 @@ def calibrate(
     tensors: Sequence[str],
     *,
     method: str = "minmax",
+    histogram: bool = False,
     batch: int | None = None,
     threads: int | None = None,
     drop_nonfinite: bool = False,
@@ -83,7 +84,7 @@ def calibrate(
     The tensors become outputs of the model, which runs with onnxruntime's usual optimisations. Each of `threads` workers (default:
     one a CPU) runs batches of its own; statistics merge exactly, so the result does not depend on threads or batches. `batch`
     defaults to as many rows as keep a worker's observed activations under 32 MB, measured on the first row.
-    A histogram is kept where the method needs one. `drop_nonfinite` leaves out tensors that ever hold NaN or Inf (attention
+    A histogram is kept where the method needs one, or with `histogram`. `drop_nonfinite` leaves out tensors that ever hold NaN or Inf (attention
     masks add -Inf on purpose) instead of raising. Raises DataError for data that does not fit, or that makes NaN or Inf (naming
     tensor and row), and ModelError for a tensor that the graph does not compute, or one that is not float.
     """
@@ -92,9 +93,8 @@ def calibrate(
         return {}
     fed = tuple(name for name in names if name in {spec.name for spec in dataset.inputs})
     computed = tuple(name for name in names if name not in fed)
-    observer = _Observer(
-        _runner(model, computed), computed, fed, fixed_batch(dataset.inputs), method in HISTOGRAM_METHODS, drop_nonfinite
-    )
+    kept = histogram or method in HISTOGRAM_METHODS
+    observer = _Observer(_runner(model, computed), computed, fed, fixed_batch(dataset.inputs), kept, drop_nonfinite)
     if batch is None:
         batch = _batch(observer, dataset, one_row=method == "moving-average")
     workers = threads or os.cpu_count() or 1

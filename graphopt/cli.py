@@ -86,7 +86,7 @@ def optimize(
     _check_outputs([target] if report is None else [target, report], [Path(i) for i in inputs if i], overwrite)
     with _progress(not quiet) as progress:
         settings = _settings(given, as_json or quiet, progress)
-        settings.here = is_here(library_target)
+        settings.here, settings.detail = is_here(library_target), report is not None
         result = optimize_with(model, settings)
         library = None
         if result.failure is None and not no_library:

@@ -117,18 +117,29 @@ def first_difference(
     a: onnx.ModelProto, b: onnx.ModelProto, feeds: Sequence[Feed], *, tolerance: float
 ) -> tuple[str, str, float] | None:
     """(node of B, tensor, relative error) of the first tensor, in B's order, that both models have and that differs by more."""
-    known = {name for node in a.graph.node for name in node.output if name} | {o.name for o in a.graph.output}
-    writers = {name: node.name for node in b.graph.node for name in node.output if name in known}
-    typed_a, typed_b = _float_tensors(a), _float_tensors(b)
-    names = [n for n in writers if n in typed_a and n in typed_b]
-    if not names:
-        return None
-    first, second = (session(_expose(m, names), optimize=False, operators=False) for m in (a, b))
-    pairs = ((run(first, feed, names), run(second, feed, names)) for feed in feeds)
-    for row in differences(names, pairs):
+    writers = shared_tensors(a, b)
+    for row in inner_differences(a, b, list(writers), feeds):
         if not row.relative <= tolerance:
             return writers[row.name], row.name, row.relative
     return None
+
+
+def shared_tensors(a: onnx.ModelProto, b: onnx.ModelProto) -> dict[str, str]:
+    """The float tensors that nodes of both main graphs write under one name, in B's order, with the node of B that writes them."""
+    known = {name for node in a.graph.node for name in node.output if name} | {o.name for o in a.graph.output}
+    writers = {name: node.name for node in b.graph.node for name in node.output if name in known}
+    typed_a, typed_b = _float_tensors(a), _float_tensors(b)
+    return {name: node for name, node in writers.items() if name in typed_a and name in typed_b}
+
+
+def inner_differences(
+    a: onnx.ModelProto, b: onnx.ModelProto, names: Sequence[str], feeds: Sequence[Feed]
+) -> list[OutputDifference]:
+    """How far the tensors of B are from A's, with the graphs run as they are written. Memory: these tensors, of one feed, twice."""
+    if not names:
+        return []
+    first, second = (session(_expose(m, names), optimize=False, operators=False) for m in (a, b))
+    return differences(names, ((run(first, feed, names), run(second, feed, names)) for feed in feeds))
 
 
 def _float_tensors(model: onnx.ModelProto) -> set[str]:

@@ -22,12 +22,13 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 @dataclass
 class Context:
     """Handed to every pass. `calibration` is None where the user gave no data; `here`: the result is to run on this machine, so
-    that what is timed here means something."""
+    that what is timed here means something; `detail`: a report will show what else a pass can tell cheaply."""
 
     calibration: Dataset | None = None
     target: Target | None = None
     progress: Progress = lambda what, done, total: None
     here: bool = True
+    detail: bool = False
     rejected: Counter[tuple[str, str]] = field(default_factory=Counter)  # (reason, op) -> how often, in the running pass
     examples: dict[tuple[str, str], str] = field(default_factory=dict)  # the first node of each
     baseline: Baseline | None = None  # the model before units or weights were removed, which repair aims at

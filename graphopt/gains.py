@@ -31,10 +31,12 @@ from graphopt.targets import find_target
 if TYPE_CHECKING:
     from graphopt.api import Figures, Settings
     from graphopt.data import Dataset
+    from graphopt.detail import Stage
     from graphopt.evaluate import Paired
 
 COMPARE_ROWS = 64  # rows on which outputs are compared
 GENERATED_ROWS = 2  # the same where no data was given
+_SECONDS = 1.0  # of timing, for each model
 DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 _FLOAT_COMPUTE = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
 
@@ -74,8 +76,12 @@ def measure_gains(
     evaluation: Dataset | None,
     scored: np.ndarray | None,
     settings: Settings,
+    stages: Sequence[Stage] = (),
 ) -> None:
-    """Fill the report's figures: outputs, quality where the original was `scored`, latency and memory where asked for."""
+    """Fill the report's figures: outputs, quality where the original was `scored`, latency and memory where asked for.
+
+    `stages`, the last of which is the result, are timed in turns with both models.
+    """
     with contextlib.ExitStack() as stack:
         try:
             contents = [stack.enter_context(runnable(m)) for m in (original, work)]
@@ -91,7 +97,7 @@ def measure_gains(
             _quality(report, session(contents[1], threads=0), evaluation, scored, settings)
         if settings.measure:
             settings.progress("measure latency and memory", 0, 0)
-            _speed(report, contents, (original, work), evaluation or calibration)
+            _speed(report, contents, (original, work), evaluation or calibration, stages)
     report.warnings += _unmeasured(report)
     _operators(report, work)
     if find_target(settings.target).onnxruntime:
@@ -189,12 +195,18 @@ def _quality(report: Report, runner: object, evaluation: Dataset, scored: np.nda
         report.warnings.append(f"quality fell by {100 * drop:.1f} points ({chance}: p = {both.p_value:.2g})")
 
 
-def _speed(report: Report, contents: Sequence[bytes | Path], models: tuple[Model, Model], data: Dataset | None) -> None:
+def _speed(
+    report: Report, contents: Sequence[bytes | Path], models: tuple[Model, Model], data: Dataset | None, stages: Sequence[Stage]
+) -> None:
     from graphopt.api import check_feeds
 
     feed = check_feeds(models[0], data, 1)[0]
     paired = not _large(contents)
-    rows = latency(contents, feed) if paired else [latency([c], feed)[0] for c in contents]
+    between = [s.path for s in stages[:-1]]
+    seconds = _SECONDS * (2 + len(between))
+    rows = latency([*contents, *between], feed, seconds=seconds) if paired else [latency([c], feed)[0] for c in contents]
+    for stage, row in zip(stages, [*rows[2:], rows[1]], strict=False):
+        stage.latency = row
     if paired:
         report.speedup = rows[1].speedup
     else:

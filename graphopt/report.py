@@ -98,6 +98,97 @@ class OperatorsRow(Row):
     library_bytes: int | None = None
 
 
+class Category(Row):
+    """Where the difference to the base comes from."""
+
+    name: str
+    base_us: float
+    us: float
+
+
+class LayerRow(Row):
+    """One node of the result that takes time, holds weights, or writes a tensor that the original has too."""
+
+    name: str
+    op: str
+    kernel: str | None = Field(description="of onnxruntime, as profiled; null: none of its own, or not profiled")
+    dtype: str = Field(description="what the kernel computes on; empty: not profiled")
+    int8: bool = Field(description="whether it ran on 8-bit integers")
+    reason: str | None = Field(description="why it did not, though it is quantised")
+    us: float | None = Field(description="microseconds of a run; null: not profiled")
+    base_us: float | None = Field(description="of the original's node of the same name; null: there is none, or not profiled")
+    macs: int | None
+    error: float | None = Field(
+        description="root mean square of the difference of what it writes, over that of the original's tensor of the same name"
+    )
+    weights: int | None = Field(description="elements of its constants; null: it has none to count")
+    zeros: float | None = Field(description="share of them that is zero")
+    base_zeros: float | None = Field(description="the same in the original's node of the same name")
+
+
+class RangeRow(Row):
+    """A tensor's values on the calibration rows, and the range that it is quantised to."""
+
+    tensor: str
+    low: float = Field(description="of the range: what is below is cut off")
+    high: float
+    seen_low: float
+    seen_high: float
+    saturated: float = Field(description="share of the values outside the range")
+    counts: list[int] = Field(description="the histogram: values in equal steps from `seen_low` to `seen_high`")
+
+
+class NodeRow(Row):
+    """One node of the original, of the result, or of both; in an order that fits both. Runs are indices into `passes`."""
+
+    name: str
+    op: str = Field(description="in the result; where it is gone, in the original")
+    added: int | None = Field(description="the run that added it; null: the original has it")
+    removed: int | None = Field(description="the run that removed it; null: the result has it")
+    changed: list[int] = Field(description="the runs that changed its operator, attributes or weights")
+    before: str | None = Field(default=None, description="the node as text, where it was changed")
+    after: str | None = None
+
+
+class EditRow(Row):
+    """What one run of a pass did to the graph, nodes by operator."""
+
+    run: int = Field(description="index into `passes`")
+    added: dict[str, int]
+    removed: dict[str, int]
+    changed: dict[str, int]
+
+
+class StageRow(Row):
+    """The model after some of the passes, measured beside the original and the result."""
+
+    name: str
+    runs: int = Field(description="how many of `passes` had run")
+    nodes: int
+    parameters: int
+    macs: int | None
+    file_bytes: int
+    latency: LatencyRow | None
+    speedup: float | None = Field(description="median of paired latency ratios to the original")
+    quality: QualityRow | None
+    error: float | None = Field(description="root mean square of the difference at the outputs, over that of the original's")
+
+
+class Detail(Row):
+    """Layer by layer, pass by pass: measured where a report is asked for."""
+
+    layers: list[LayerRow]
+    us: float | None = Field(description="microseconds of a run of the result, the sum of its kernels; null: not profiled")
+    base_us: float | None
+    categories: list[Category] = Field(description="the same by kind of node")
+    explanation: list[str] = Field(description="where the difference comes from")
+    ranges: list[RangeRow]
+    nodes: list[NodeRow]
+    edits: list[EditRow]
+    stages: list[StageRow] = Field(description="the last one is the result")
+    notes: list[str] = Field(description="what could not be measured, and why")
+
+
 class Environment(Row):
     """What the figures were measured with."""
 
@@ -136,6 +227,7 @@ class Report(Versioned):
     operators: OperatorsRow | None = Field(default=None, description="null: the result has no regions")
     compared_on: str | None = Field(default=None, description="the rows on which `outputs` were compared")
     checked_passes: int = Field(default=0, description="exact passes whose outputs were compared before and after (--check)")
+    detail: Detail | None = Field(default=None, description="null: no report was asked for")
     warnings: list[str] = Field(default_factory=list)
 
 

@@ -20,6 +20,7 @@ from graphopt.quant_insert import Inserter, insert
 from graphopt.quant_numbers import Parameters, parameters
 from graphopt.quant_plan import Plan, Selection, plan
 from graphopt.quant_tables import quantise_tables
+from graphopt.ranges import summary
 from graphopt.registry import register
 from graphopt.runtime import runnable
 from graphopt.shapes import shapes
@@ -76,11 +77,13 @@ def quantize(
         return 0
     names = [t.name for t in work.sources()]
     with runnable(model) as content:
-        statistics = calibrate(content, rows, names, method=method, progress=context.progress)
+        statistics = calibrate(content, rows, names, method=method, histogram=context.detail, progress=context.progress)
         means = channel_means(content, rows, corrected(work.units), model.opset) if bias_correction else {}
     dtype = np.dtype(np.uint8 if (activation or target.activation) == "u8" else np.int8)
     numbers = _parameters(work, statistics, dtype, target, method, percentile)
     context.facts.update(_facts(work, numbers, target, method))
+    if context.detail:
+        context.facts["histograms"] = _histograms(work, numbers, statistics)
     insert(Inserter(model, work, target, numbers, per_channel and target.per_channel, Names(model), means))
     tables = quantise_tables(model, selection) if target.tables else []
     context.facts["tables"] = tables
@@ -117,6 +120,13 @@ def _parameters(
         numbers = parameters(float(low), float(high), dtype, symmetric=target.symmetric)
         found.update((id(t), numbers) for t in members)
     return found
+
+
+def _histograms(work: Plan, numbers: dict[int, Parameters], statistics: dict[str, Statistics]) -> dict[str, Any]:
+    """By tensor: what calibration saw, and what the range cuts off."""
+    found = {t.name: (statistics[t.name], numbers[id(t)]) for t in work.sources() if t.name in statistics and id(t) in numbers}
+    rows = {name: summary(seen, float(p.low), float(p.high)) for name, (seen, p) in found.items()}
+    return {name: row for name, row in rows.items() if row is not None}
 
 
 def _facts(work: Plan, numbers: dict[int, Parameters], target: Target, method: str) -> dict[str, Any]:
