@@ -65,6 +65,21 @@ class Memory(Row):
     operators: str = Field(description="how graphopt's regions ran")
 
 
+class ModelQuality(Row):
+    """One model on the labelled rows of --eval, paired with the first."""
+
+    model: str
+    metric: str
+    higher_is_better: bool
+    rows: int
+    value: float
+    lost: int | None = Field(
+        description="rows on which it is worse than the first model; null: it is the first, or rows have no score"
+    )
+    won: int | None
+    p_value: float | None = Field(description="exact two-sided sign test")
+
+
 class Control(Row):
     """The first model against itself: what the machine's noise alone makes of a ratio of 1."""
 
@@ -82,6 +97,7 @@ class BenchReport(Versioned):
     timings: list[Timing]
     memory: list[Memory]
     control: list[Control]
+    quality: list[ModelQuality] = Field(default_factory=list, description="empty: no labelled rows were given")
     energy: str = Field(description="what the joules are, or why there are none")
     warnings: list[str]
 
@@ -108,6 +124,8 @@ class BenchSettings:
     seconds: float = 5.0
     providers: Sequence[str] = (DEFAULT_PROVIDER,)
     memory: bool = True
+    evaluation: Any = None
+    metric: str = "top1"
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
 
@@ -123,7 +141,8 @@ def bench(models: Sequence[str | Path], **options: Any) -> BenchReport:
     """Time models against the first of them; options are the fields of `BenchSettings`.
 
     data: rows as for `graphopt optimize --calib`, else generated from the input types. seconds: for each batch size and threads.
-    providers: onnxruntime's, or "openvino" for OpenVINO's own runtime; every model runs on each.
+    evaluation, metric: labelled rows, and how every model is scored on them. providers: onnxruntime's, or "openvino" for OpenVINO's
+    own runtime; every model runs on each.
     Raises ModelError where a model does not load or run, OptionError for a provider that is not there.
     """
     settings = BenchSettings(**options)
@@ -150,11 +169,13 @@ def bench(models: Sequence[str | Path], **options: Any) -> BenchReport:
 
     warnings += [w for c in controls for w in _noise(c)] + _undecided(timings)
     held = list(_memories(models, settings, warnings))
+    judged = list(_qualities(models, settings)) if settings.evaluation is not None else []
     return BenchReport(
         environment=environment(),
         timings=timings,
         memory=held,
         control=controls,
+        quality=judged,
         energy=counters.said,
         warnings=list(dict.fromkeys(warnings)),
     )
@@ -343,6 +364,25 @@ def _undecided(timings: Sequence[Timing]) -> list[str]:
         for t in timings
         if t is not first[t.batch, t.threads] and t.low <= 1 <= t.high
     ]
+
+
+def _qualities(models: Sequence[str | Path], settings: BenchSettings) -> Iterator[ModelQuality]:
+    from graphopt.evaluation import evaluate
+
+    for number, path in enumerate(dict.fromkeys(map(Path, models))):
+        base = models[0] if number else None
+        found = evaluate(path, settings.evaluation, metric=settings.metric, base=base, progress=settings.progress)
+        pair = found.evaluation.paired
+        yield ModelQuality(
+            model=path.name,
+            metric=found.metric,
+            higher_is_better=found.higher_is_better,
+            rows=found.evaluation.rows,
+            value=found.evaluation.value,
+            lost=len(pair.lost) if pair and pair.lost is not None else None,
+            won=len(pair.won) if pair and pair.won is not None else None,
+            p_value=pair.p_value if pair else None,
+        )
 
 
 def _memories(models: Sequence[str | Path], settings: BenchSettings, warnings: list[str]) -> Iterator[Memory]:

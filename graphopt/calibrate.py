@@ -84,9 +84,9 @@ def calibrate(
     The tensors become outputs of the model, which runs with onnxruntime's usual optimisations. Each of `threads` workers (default:
     one a CPU) runs batches of its own; statistics merge exactly, so the result does not depend on threads or batches. `batch`
     defaults to as many rows as keep a worker's observed activations under 32 MB, measured on the first row.
-    A histogram is kept where the method needs one, or with `histogram`. `drop_nonfinite` leaves out tensors that ever hold NaN or Inf (attention
-    masks add -Inf on purpose) instead of raising. Raises DataError for data that does not fit, or that makes NaN or Inf (naming
-    tensor and row), and ModelError for a tensor that the graph does not compute, or one that is not float.
+    A histogram is kept where the method needs one, or with `histogram`. `drop_nonfinite` leaves out tensors that ever hold NaN or
+    Inf (attention masks add -Inf on purpose) instead of raising. Raises DataError for data that does not fit, or that makes NaN or
+    Inf (naming tensor and row), and ModelError for a tensor that the graph does not compute, or one that is not float.
     """
     names = tuple(dict.fromkeys(tensors))
     if not names:

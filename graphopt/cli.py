@@ -188,7 +188,7 @@ def _write(result: Result, target: Path, report: Path | None, overwrite: bool, l
             named = {"library": library[0].name, "library_bytes": len(library[1])}
             result.report.operators = result.report.operators.model_copy(update=named)
     if report is not None:
-        from graphopt.html_report import rendered
+        from graphopt.html import rendered
 
         emit.write_text(report, rendered(result.report, report), overwrite=overwrite)
 

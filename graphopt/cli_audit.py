@@ -58,7 +58,7 @@ def audit(
         shown("audit", 0, 0)
         report = look(model, base=False if no_base else base, **given)
     if page is not None:
-        from graphopt.html_report import rendered
+        from graphopt.html import rendered
 
         emit.write_text(page, rendered(report, page), overwrite=overwrite)
     if as_json:

@@ -55,10 +55,13 @@ def progress(quiet: bool = False) -> Any:
     "--provider", "providers", multiple=True, help="Of onnxruntime, or 'openvino'; may be repeated. Default: CPUExecutionProvider."
 )
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Measure memory in a fresh process for each model.")
+@click.option("--eval", "evaluation", metavar="PATH", help="Labelled rows: also score every model on them.")
+@click.option("--metric", default="top1", show_default=True, help="As for `graphopt evaluate`.")
+@click.option("--report", "page", type=_PATH, help="Write a page (.html), or the same as JSON.")
 @click.option("--csv", "table", type=_PATH, help="Write the timings as CSV.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing CSV file.")
+@click.option("--overwrite", is_flag=True, help="Replace existing output files.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def bench(models: tuple[Path, ...], table: Path | None, overwrite: bool, as_json: bool, **given: Any) -> None:
+def bench(models: tuple[Path, ...], table: Path | None, page: Path | None, overwrite: bool, as_json: bool, **given: Any) -> None:
     """Time MODELS against the first one: interleaved runs in one process, ratios with 95 % intervals.
 
     The first model also runs against itself, which shows what the machine's noise is worth.
@@ -67,13 +70,17 @@ def bench(models: tuple[Path, ...], table: Path | None, overwrite: bool, as_json
     from graphopt.benchmark import DEFAULT_PROVIDER
     from graphopt.benchmark import bench as measure
 
-    if table is not None:
-        emit.check_target(table, overwrite=overwrite)
+    for path in filter(None, (table, page)):
+        emit.check_target(path, overwrite=overwrite)
     given["providers"] = given["providers"] or (DEFAULT_PROVIDER,)
     with progress() as shown:
         report = measure(models, progress=shown, **given)
     if table is not None:
         emit.write_text(table, timings_csv(report), overwrite=overwrite)
+    if page is not None:
+        from graphopt.html import rendered
+
+        emit.write_text(page, rendered(report, page), overwrite=overwrite)
     if as_json:
         click.echo(report.model_dump_json(indent=2))
     else:
@@ -116,6 +123,9 @@ def show_bench(report: BenchReport) -> None:
         values = (m.file_bytes, *((m.load_bytes, m.run_bytes, m.peak_bytes) if measured else ()))
         sizes.add_row(escape(m.model), *("-" if v is None else size(v) for v in values))
     print_table(to, sizes)
+    for q in report.quality:
+        pair = "" if q.lost is None else f"; {q.lost} rows worse, {q.won} better (p = {q.p_value:.2g}, sign test)"
+        to.print(escape(f"{q.metric}: {q.model} {q.value:.4f} on {q.rows} rows{pair}"))
     to.print(report.energy)
     for warning in report.warnings:
         to.print(f"[yellow]warning:[/] {escape(warning)}")

@@ -29,16 +29,25 @@ _ROWS, _GROUPS = 10, 5  # shown on the screen; --json has all
 @click.option("--write-gold", type=_PATH, help="Store the first 16 rows and MODEL's outputs for --gold.")
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Rows at a time, if the batch is dynamic.")
 @click.option("--require", "wanted", multiple=True, metavar="KEY=N", help="value, drop, worst or gold; else exit code 2.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing gold file.")
+@click.option("--report", "page", type=_PATH, help="Write a page (.html), or the same as JSON.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing gold file or report.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def evaluate(
-    model: Path, data: str, wanted: tuple[str, ...], write_gold: Path | None, overwrite: bool, as_json: bool, **given: Any
+    model: Path,
+    data: str,
+    wanted: tuple[str, ...],
+    write_gold: Path | None,
+    page: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Score MODEL on labelled rows. With --base: the rows lost and won, whether that is significant, and the interval of the
     difference.
 
     Exit codes: 0 done, 1 user error, 2 the model falls short of a --require.
     """
+    from graphopt import emit
     from graphopt.evaluation import evaluate as score
     from graphopt.evaluation import require
     from graphopt.gold import write_gold as store
@@ -47,10 +56,16 @@ def evaluate(
     if given["metric"] == "help":
         click.echo("\n".join(names()))
         return
+    if page is not None:
+        emit.check_target(page, overwrite=overwrite)
     with progress(as_json) as shown:
         report = score(model, data, progress=shown, **given)
     if write_gold is not None:
         store(model, data, write_gold, overwrite=overwrite)
+    if page is not None:
+        from graphopt.html import rendered
+
+        emit.write_text(page, rendered(report, page), overwrite=overwrite)
     if as_json:
         click.echo(report.model_dump_json(indent=2))
     else:

@@ -35,6 +35,7 @@ _STDOUT = Path("-")
 @click.option("-o", "--output", type=_PATH, metavar="DIR", help="Write every model there. Default: none is written.")
 @click.option("--json", "as_json", type=_PATH, metavar="FILE", help="Write all figures and recipes as JSON; - prints them.")
 @click.option("--plot", type=_PATH, metavar="FILE.svg", help="Write the curve as a picture.")
+@click.option("--report", type=_PATH, metavar="FILE", help="Write a page (.html), or the same as JSON.")
 @click.option("--plugin", type=_PATH, multiple=True, help="A Python file that registers passes; may be repeated.")
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure latency, all models in turn.")
 @click.option("--overwrite", is_flag=True, help="Replace existing output files.")
@@ -45,6 +46,7 @@ def sweep(
     output: Path | None,
     as_json: Path | None,
     plot: Path | None,
+    report: Path | None,
     overwrite: bool,
     verbose: bool,
     quiet: bool,
@@ -63,12 +65,12 @@ def sweep(
     keep, template = _asked(given)
     if plot is not None and not (given["calib"] or given["evaluation"]):
         raise OptionError("--plot needs labelled rows (--eval) or calibration rows (--calib): there is nothing to draw without")
-    files = [p for p in (as_json, plot) if p is not None and p != _STDOUT]
+    files = [p for p in (as_json, plot, report) if p is not None and p != _STDOUT]
     _check_outputs(model, keep, output, files, [given["calib"], given["evaluation"]], overwrite)
     with bars(not quiet and sys.stderr.isatty()) as progress:
         found = run_sweep(model, keep, template, calibration=given.pop("calib"), progress=progress, **given)
     written = found.save(output, overwrite=overwrite) if output is not None else []
-    _write(found, as_json, plot, overwrite)
+    _write(found, as_json, plot, report, overwrite)
     if as_json != _STDOUT and not quiet:
         show_sweep(found.report, [*written, *files], verbose=verbose)
 
@@ -109,10 +111,10 @@ def _check_outputs(
         if same is not None:
             raise ModelError(f"the output {path} is the input {same}; name another output")
     if len({p.resolve() for p in outputs}) < len(outputs):
-        raise ModelError("two outputs have the same name; name another file with --json or --plot")
+        raise ModelError("two outputs have the same name; name another file with --json, --plot or --report")
 
 
-def _write(found: Sweep, as_json: Path | None, plot: Path | None, overwrite: bool) -> None:
+def _write(found: Sweep, as_json: Path | None, plot: Path | None, report: Path | None, overwrite: bool) -> None:
     from graphopt import emit
 
     content = json.dumps(found.report.model_dump(), indent=2, allow_nan=False)
@@ -122,6 +124,10 @@ def _write(found: Sweep, as_json: Path | None, plot: Path | None, overwrite: boo
         emit.write_text(as_json, content + "\n", overwrite=overwrite)
     if plot is not None:
         emit.write_text(plot, found.plot(), overwrite=overwrite)
+    if report is not None:
+        from graphopt.html import rendered
+
+        emit.write_text(report, rendered(found.report, report), overwrite=overwrite)
 
 
 def show_sweep(report: SweepReport, written: Sequence[Path], *, verbose: bool) -> None:

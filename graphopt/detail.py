@@ -5,10 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.audit_reasons import DQ, Q, is_op
@@ -33,6 +35,8 @@ _BUDGET = 64 << 20  # bytes of activations that are compared at a time
 _UNKNOWN = 4 << 20  # what a tensor of unknown size is taken for
 _PROFILE_MS = 1500.0  # of profiled runs of each model
 _FEWEST, _MOST = 4, 40  # such runs
+_OWN_WEIGHTS: tuple[str, ...] = ("f2", "f4", "f8", "i1")  # dtypes of weights that a node reads itself
+_BYTES: tuple[str, ...] = ("i1", "u1")  # and through DequantizeLinear
 _MATRIX = 2  # axes of a constant from which it counts as weights
 
 
@@ -43,6 +47,7 @@ class Stage:
     name: str
     runs: int
     path: Path
+    exact: bool = False
     latency: Latency | None = None
 
 
@@ -56,9 +61,12 @@ class Recorder:
     lineage: Lineage = field(default_factory=Lineage)
     stages: list[Stage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    exact: set[int] = field(default_factory=set)  # runs of exact passes
     _folder: tempfile.TemporaryDirectory[str] = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="graphopt-"))
 
     def __call__(self, model: Model, step: Step, result: StepResult) -> None:
+        if step.entry.exact:
+            self.exact.add(self.lineage.runs)
         self.lineage(model, step, result)
         if not result.changes:
             return
@@ -68,12 +76,20 @@ class Recorder:
             return
         if not self.stages or not step.entry.exact:
             name = "exact passes" if step.entry.exact else str(step)
-            self.stages.append(Stage(name, 0, Path(self._folder.name) / f"{len(self.stages)}.onnx"))
+            self.stages.append(Stage(name, 0, Path(self._folder.name) / f"{len(self.stages)}.onnx", step.entry.exact))
         stage = self.stages[-1]
         stage.runs = self.lineage.runs
         with runnable(model) as content:
             if isinstance(content, bytes):
                 stage.path.write_bytes(content)
+
+    def comparable(self, node: str, runs: int) -> bool:
+        """Whether what the node writes means what it meant after so many runs: an exact pass that changes a node, as fold-bn does,
+        changes what it writes; others change it as little as they can."""
+        life = self.lineage.lives.get(node)
+        if life is None or (life.added is not None and life.added >= runs):
+            return False
+        return not any(run >= runs and run in self.exact for run in life.changed)
 
 
 def measure_detail(
@@ -91,12 +107,11 @@ def measure_detail(
     from graphopt.api import check_feeds
 
     settings.progress("measure layers", 0, 0)
-    original, work = models
     evaluation, calibration = data
     notes = list(recorder.notes)
-    feeds = check_feeds(original, evaluation or calibration, ERROR_ROWS)
+    feeds = check_feeds(models[0], evaluation or calibration, ERROR_ROWS)
     audited = _tried(notes, "layers were not timed", lambda: _profiled(report, models, feeds[0])) if settings.measure else None
-    errors = _tried(notes, "errors of layers were not measured", lambda: _errors(original, work, feeds, notes)) or {}
+    errors = _tried(notes, "errors of layers were not measured", lambda: _errors(models, recorder, feeds, notes)) or {}
     stages = _tried(
         notes, "stages were not measured", lambda: list(_stages(report, recorder, models, feeds, evaluation, scored, settings))
     )
@@ -144,20 +159,50 @@ def _relative(found: Sequence[OutputDifference]) -> float | None:
     return max((float(10 ** (-d.sqnr_db / 20)) for d in found), default=None)
 
 
-def _errors(original: Model, work: Model, feeds: Sequence[Any], notes: list[str]) -> dict[str, float]:
-    """By node of the result. Tensors are compared a few at a time, so that memory stays bounded."""
+Error = tuple[float, str | None]  # and the stage that the node was compared with; None: the original
+
+
+def _errors(models: tuple[Model, Model], recorder: Recorder, feeds: Sequence[Any], notes: list[str]) -> dict[str, Error]:
+    """By node of the result: against the original after the exact passes that come first, or where shapes differ the first stage
+    that has the same.
+
+    Tensors are compared a few at a time, so that memory stays bounded.
+    """
+    original, work = models
     if max(original.weight_bytes(), work.weight_bytes()) > LARGE:
         notes.append("errors of layers were not measured: the model is too large to be run with outputs inside")
         return {}
-    a, b = original.proto(), work.proto()
-    writers = shared_tensors(a, b)
-    errors: dict[str, float] = {}
-    for names in _chunks(work, list(writers)):
-        for row in inner_differences(a, b, names, feeds):
-            error = _relative([row])
-            if error is not None:
-                errors[writers[row.name]] = error
+    b, owners = work.proto(), _owners(work)
+    errors: dict[str, Error] = {}
+    earlier = recorder.stages[:-1]
+    bases: list[tuple[str | None, int, Callable[[], onnx.ModelProto]]] = [
+        (None if s.exact else s.name, s.runs, partial(onnx.load, s.path)) for s in earlier
+    ]
+    if not earlier or not earlier[0].exact:
+        bases.insert(0, (None, 0, original.proto))
+    for name, runs, base in bases:
+        a = base()
+        found = [t for t in shared_tensors(a, b) if t in owners and owners[t] not in errors]
+        wanted = [t for t in found if recorder.comparable(owners[t], runs)]
+        for chunk in _chunks(work, wanted):
+            for row in inner_differences(a, b, chunk, feeds):
+                error = _relative([row])
+                if error is not None:
+                    errors.setdefault(owners[row.name], (error, name))
     return errors
+
+
+def _owners(model: Model) -> dict[str, str]:
+    """The node that computes each tensor; behind QuantizeLinear and DequantizeLinear, that before them. Weights have none."""
+    found = {}
+    for node in model.graph.nodes:
+        for tensor in node.outputs:
+            writer = node
+            while (is_op(writer, Q) or is_op(writer, DQ)) and len(writer.inputs[0].inputs) == 1:
+                writer = writer.inputs[0].inputs[0]
+            if not is_op(writer, Q) and not is_op(writer, DQ):
+                found[tensor.name] = str(writer.name)
+    return found
 
 
 def _chunks(model: Model, names: Sequence[str]) -> Iterator[list[str]]:
@@ -224,7 +269,7 @@ def _stages(
 
 
 def _layers(
-    report: Report, models: tuple[Model, Model], audited: AuditReport | None, errors: Mapping[str, float]
+    report: Report, models: tuple[Model, Model], audited: AuditReport | None, errors: Mapping[str, Error]
 ) -> list[LayerRow]:
     """Nodes of the result's main graph in order, those left out that only convert or that nothing is known of."""
     original, work = models
@@ -245,7 +290,7 @@ def _layers(
     return rows
 
 
-def _layer(name: str, op: str, found: NodeAudit | None, error: float | None) -> LayerRow:
+def _layer(name: str, op: str, found: NodeAudit | None, error: Error | None) -> LayerRow:
     return LayerRow(
         name=name,
         op=op,
@@ -256,7 +301,8 @@ def _layer(name: str, op: str, found: NodeAudit | None, error: float | None) -> 
         us=found.us if found else None,
         base_us=found.base_us if found else None,
         macs=found.macs if found else None,
-        error=error,
+        error=error[0] if error else None,
+        error_from=error[1] if error else None,
         weights=None,
         zeros=None,
         base_zeros=None,
@@ -267,9 +313,9 @@ def _weights(node: gs.Node) -> tuple[int | None, float | None]:
     """(elements, share of zeros) of the constants of two axes or more that it reads, through DequantizeLinear too."""
     count = zeros = 0
     for tensor in node.inputs:
-        source, zero, kinds = tensor, None, ("f2", "f4", "f8", "i1")
+        source, zero, kinds = tensor, None, _OWN_WEIGHTS
         if len(tensor.inputs) == 1 and is_op(tensor.inputs[0], DQ):
-            source, zero, kinds = tensor.inputs[0].inputs[0], [*tensor.inputs[0].inputs, None, None][2], ("i1", "u1")
+            source, zero, kinds = tensor.inputs[0].inputs[0], [*tensor.inputs[0].inputs, None, None][2], _BYTES
         if not isinstance(source, gs.Constant) or len(source.shape) < _MATRIX or np.dtype(source.dtype).str[1:] not in kinds:
             continue
         point = np.unique(peek(zero)) if isinstance(zero, gs.Constant) else np.zeros(1)

@@ -1,28 +1,22 @@
-"""Self-contained HTML pages: tables and bar charts as inline SVG, no script, no network, for screens of any width and print."""
+"""Self-contained HTML pages, for screens of any width, light and dark, and for print: no script, nothing from the network.
+
+Text goes through `escape`; what is markup already is `Html`. Bars are inline SVG that stretches, so that labels stay text that
+wraps. The style is assets/report.css.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib import resources
 
-_STYLE = """
-:root{--ink:#1c2430;--soft:#5b6675;--line:#d9dee5;--a:#9aa7b8;--b:#1f6feb;--bad:#b42318}
-*{box-sizing:border-box}body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);margin:0 auto;max-width:1000px;padding:16px}
-h1{font-size:1.5em;margin:.2em 0;overflow-wrap:anywhere}h2{font-size:1.15em;margin:1.6em 0 .4em}p,li{overflow-wrap:anywhere}
-.soft{color:var(--soft)}.wide{overflow-x:auto}table{border-collapse:collapse;width:100%}
-th,td{text-align:right;padding:3px 8px;border-bottom:1px solid var(--line);vertical-align:top}
-th:first-child,td:first-child{text-align:left}
-.text{text-align:left!important}li.bad{color:var(--bad)}
-svg{display:block;width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--ink)}
-.key span{display:inline-block;width:12px;height:12px;margin:0 4px 0 12px;vertical-align:-1px}
-@media(max-width:600px){body{font-size:14px;padding:10px}th,td{padding:3px 5px}.chart svg{min-width:640px}
-.cards thead{display:none}.cards tr{display:block;padding:6px 0;border-bottom:1px solid var(--line)}
-.cards td{display:block;text-align:left;border:0;padding:1px 0}
-.cards td:not(:empty)::before{content:attr(data-h) ": ";color:var(--soft)}}
-@media print{body{max-width:none}h2{break-after:avoid}svg,tr{break-inside:avoid}}
-"""
-_WIDTH, _LABEL, _ROW = 900, 330, 34
+
+class Html(str):
+    """Markup: not escaped again."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -34,41 +28,101 @@ class Bar:
     base: float | None = None
 
 
-def page(title: str, subtitle: str, sections: Sequence[str]) -> str:
-    """The whole document."""
+@dataclass(frozen=True)
+class Tile:
+    """The answer to one question; `tone` is good, warn, bad or empty."""
+
+    question: str
+    answer: str
+    note: str
+    tone: str = ""
+
+
+def text(value: str) -> Html:
+    """Escaped, unless it is markup."""
+    return value if isinstance(value, Html) else Html(escape(value))
+
+
+def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]], data: str) -> str:
+    """The whole document: sections by title, without those that are empty, and the data as JSON in an element that is not shown."""
+    style = (resources.files("graphopt") / "assets" / "report.css").read_text("utf8")
+    shown = [(f"s{i}", name, content) for i, (name, content) in enumerate(sections) if content]
+    links = "".join(f'<a href="#{key}">{escape(name)}</a>' for key, name, _ in shown)
+    parts = "".join(f'<section id="{key}"><h2>{escape(name)}</h2>{content}</section>' for key, name, content in shown)
+    # the data must not end the element that holds it: "<" is written as JSON's own escape
+    held = json.dumps(json.loads(data), separators=(",", ":")).replace("<", "\\u003c")
     head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title>'
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{style}</style>'
     )
-    body = f'<h1>{escape(title)}</h1><p class="soft">{escape(subtitle)}</p>{"".join(sections)}'
-    return f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>\n'
+    body = f'<h1>{escape(title)}</h1><p class="soft">{escape(subtitle)}</p><nav>{links}</nav>{parts}'
+    store = f'<script type="application/json" id="report">{held}</script>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}{store}</body></html>\n'
 
 
-def section(title: str, *parts: str) -> str:
-    """A heading and what is under it; nothing where there is nothing."""
-    return f"<h2>{escape(title)}</h2>{''.join(parts)}" if any(parts) else ""
+def tiles(found: Sequence[Tile]) -> str:
+    inner = [f'<span>{text(t.question)}</span><b class="{t.tone}">{text(t.answer)}</b><span>{text(t.note)}</span>' for t in found]
+    cells = [f'<div class="tile">{i}</div>' for i in inner]
+    return f'<div class="tiles">{"".join(cells)}</div>' if cells else ""
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text: Sequence[int] = ()) -> str:
-    """The first column and those in `text` are words, the others figures."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: Sequence[int] = (), fixed: bool = False) -> str:
+    """The first column and `text_columns` are words, the others figures. On a phone, rows of many columns or words become blocks.
+
+    `fixed`: columns of equal width, for cells that hold bars.
+    """
     if not rows:
         return ""
-    kinds = [' class="text"' if i in text else "" for i in range(len(header))]
+    kinds = [' class="text"' if i in text_columns else "" for i in range(len(header))]
     heads = [f' data-h="{escape(h)}"' for h in header]
-    cells = [[f"<td{k}{d}>{escape(v)}</td>" for k, d, v in zip(kinds, heads, row, strict=True)] for row in rows]
+    cells = [[f"<td{k}{d}>{text(v)}</td>" for k, d, v in zip(kinds, heads, row, strict=True)] for row in rows]
     lines = ["<tr>" + "".join(row) + "</tr>" for row in cells]
-    cards = ' class="cards"' if len(text) > 1 else ""  # on a phone each row is a block
-    names = "".join(f"<th{k}>{escape(h)}</th>" for k, h in zip(kinds, header, strict=True))
-    return f'<div class="wide"><table{cards}><thead><tr>{names}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    blocks = len(text_columns) > 1 or len(header) > 4 or fixed
+    names = " ".join(["cards"] * blocks + ["fixed"] * fixed)
+    top = "".join(f"<th{k}>{text(h)}</th>" for k, h in zip(kinds, header, strict=True))
+    return f'<table class="{names}"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
-def items(lines: Sequence[str], *, bad: bool = False) -> str:
+def items(lines: Sequence[str], *, tone: str = "") -> str:
     """A list."""
-    kind = ' class="bad"' if bad else ""
-    return f"<ul>{''.join(f'<li{kind}>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
+    kind = f' class="{tone}"' if tone else ""
+    return f"<ul>{''.join(f'<li{kind}>{text(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
-def paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>" if text else ""
+def paragraph(words: str, *, soft: bool = False) -> str:
+    return f"<p{' class=soft' if soft else ''}>{text(words)}</p>" if words else ""
+
+
+def heading(title: str, content: str) -> str:
+    """A part of a section; nothing where it is empty."""
+    return f"<h3>{text(title)}</h3>{content}" if content else ""
+
+
+def details(summary: str, content: str, *, unfold: bool = True) -> Html:
+    """Folded away until it is clicked; `unfold`: not in print."""
+    return Html(f"<details{' class=unfold' if unfold else ''}><summary>{text(summary)}</summary>{content}</details>")
+
+
+def code(words: str) -> Html:
+    return Html(f"<code>{escape(words)}</code>")
+
+
+def key(*names: tuple[str, str]) -> str:
+    """What the colours mean: (CSS variable, meaning)."""
+    marks = [f'<i><span style="background:var(--{c})"></span>{escape(n)}</i>' for c, n in names if n]
+    return f'<p class="key soft">{"".join(marks)}</p>'
+
+
+def bar(value: float | None, most: float, said: str, kind: str = "fb") -> str:
+    """One bar, as long as its share of `most`, and the figure behind it."""
+    if value is None:
+        return ""
+    width = 0.0 if most <= 0 else max(0.6 if value else 0.0, 100 * value / most)
+    track = '<rect class="track" width="100" height="9"/>'
+    drawn = (
+        f'<svg viewBox="0 0 100 9" preserveAspectRatio="none">{track}<rect class="{kind}" width="{width:.1f}" height="9"/></svg>'
+    )
+    return f'<div class="line">{drawn}<span>{text(said)}</span></div>'
 
 
 def bars(rows: Sequence[Bar], unit: str, names: tuple[str, str]) -> str:
@@ -76,29 +130,24 @@ def bars(rows: Sequence[Bar], unit: str, names: tuple[str, str]) -> str:
     values = [v for r in rows for v in (r.value, r.base) if v is not None]
     if not values or max(values) <= 0:
         return ""
-    scale = (_WIDTH - _LABEL - 110) / max(values)
-    paired = any(r.base is not None for r in rows)
-    parts = []
-    for i, row in enumerate(rows):
-        top = i * _ROW
-        label = row.label if len(row.label) <= 40 else "…" + row.label[-39:]
-        parts.append(
-            f'<text x="{_LABEL - 8}" y="{top + 20}" text-anchor="end">{escape(label)}<title>{escape(row.label)}</title></text>'
-        )
-        thick = 12 if paired else 18
-        for value, offset, colour in ((row.base, 3, "var(--a)"), (row.value, 16 if paired else 5, "var(--b)")):
-            if value is None:
-                continue
-            width = max(1.0, value * scale)
-            parts.append(f'<rect x="{_LABEL}" y="{top + offset}" width="{width:.1f}" height="{thick}" fill="{colour}"/>')
-            parts.append(
-                f'<text x="{_LABEL + width + 5:.1f}" y="{top + offset + thick - 2}">{_figure(value)} {escape(unit)}</text>'
-            )
-    said = f'<p class="key soft"><span style="background:var(--a)"></span>{escape(names[0])}' if paired else '<p class="key soft">'
-    said += f'<span style="background:var(--b)"></span>{escape(names[1])}</p>'
-    size = f'viewBox="0 0 {_WIDTH} {len(rows) * _ROW + 4}" role="img" aria-label="{escape(unit)} by row"'
-    return f'{said}<div class="wide chart"><svg {size}>{"".join(parts)}</svg></div>'
+    paired, most = any(r.base is not None for r in rows), max(values)
+    lines = []
+    for row in rows:
+        pair = [(row.base, "fa"), (row.value, "fb")]
+        drawn = "".join(bar(v, most, f"{figure(v)} {unit}", kind) for v, kind in pair if v is not None)
+        lines.append(f'<div class="bar"><div>{text(row.label)}</div><div>{drawn}</div></div>')
+    colours = key(("a", names[0]), ("b", names[1])) if paired else ""
+    return f"{colours}{''.join(lines)}"
 
 
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+def figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def size(value: float) -> str:
+    """Bytes for people."""
+    return f"{value / 1e6:.2f} MB" if value >= 100_000 else f"{value / 1e3:.1f} kB"
+
+
+def many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

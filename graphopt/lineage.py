@@ -19,7 +19,7 @@ from graphopt.edit import peek
 from graphopt.external import LIMIT
 from graphopt.model import Model
 from graphopt.pipeline import Step, StepResult
-from graphopt.report import EditRow, NodeRow
+from graphopt.report import EditRow, NodeRow, PassRow
 from graphopt.text import node_text
 
 
@@ -151,11 +151,11 @@ def _matched(before: Mapping[str, _Seen], after: Mapping[str, _Seen]) -> dict[st
     return same
 
 
-def names_of(runs: Sequence[str]) -> list[str]:
-    """Names of runs of passes, those that ran more than once with their number."""
-    total, count = Counter(runs), Counter[str]()
+def names_of(passes: Sequence[PassRow]) -> list[str]:
+    """A name for each run: the pass's, with a number where it changed the model in several runs."""
+    total, count = Counter(p.name for p in passes if p.changes), Counter[str]()
     found = []
-    for name in runs:
-        count[name] += 1
-        found.append(name if total[name] == 1 else f"{name} ({count[name]})")
+    for p in passes:
+        count[p.name] += bool(p.changes)
+        found.append(f"{p.name} ({count[p.name]})" if p.changes and total[p.name] > 1 else p.name)
     return found

@@ -1,4 +1,4 @@
-"""Calibration histograms as a report shows them: a few bins, the range that was chosen, and the share of values that it cuts off."""
+"""Calibration histograms as a report shows them: a few bins, the range that was chosen, and what share of values it cuts off."""
 
 from __future__ import annotations
 

@@ -119,7 +119,11 @@ class LayerRow(Row):
     base_us: float | None = Field(description="of the original's node of the same name; null: there is none, or not profiled")
     macs: int | None
     error: float | None = Field(
-        description="root mean square of the difference of what it writes, over that of the original's tensor of the same name"
+        description="root mean square of the difference of what it writes, over that of the original's tensor of the same name "
+        "(after the exact passes that come first); null: no tensor of the same meaning and shape is there"
+    )
+    error_from: str | None = Field(
+        description="the stage that it was compared with, where the original's tensor has another shape; null: the original"
     )
     weights: int | None = Field(description="elements of its constants; null: it has none to count")
     zeros: float | None = Field(description="share of them that is zero")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from xml.sax.saxutils import escape
 
 from graphopt.errors import OptionError
 from graphopt.evaluate import METRICS
+from graphopt.html_charts import ticks as round_ticks
 from graphopt.knee import CHORD, WITHIN, shown_error
 from graphopt.report import PointRow, SweepReport
 
@@ -67,7 +67,7 @@ def plot(report: SweepReport) -> str:
     if not panels:
         raise OptionError("sweep: nothing to draw: give labelled rows (--eval) or calibration rows (--calib)")
     width = _LEFT + len(panels) * (_WIDE + _GAP)
-    ticks = _ticks([m.y for _, marks in panels for m in marks])
+    ticks = round_ticks([m.y for _, marks in panels for m in marks])
     body = [f'<text class="title" x="20" y="26">{what} against what the model costs</text>']
     body.append(f'<text class="dim" x="20" y="44">{escape(textwrap.shorten(report.template, width // _LETTER))}</text>')
     for number, (title, marks) in enumerate(panels):
@@ -112,19 +112,9 @@ def _marks(
     return found
 
 
-def _ticks(values: Sequence[float], count: int = 5) -> list[float]:
-    """Round numbers that enclose the values."""
-    low, high = min(values), max(values)
-    raw = max(high - low, abs(high) * _FLAT, 1e-9) / count
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw)
-    start, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(start, max(end, start + 1) + 1)]
-
-
 def _panel(title: str, marks: Sequence[_Mark], left: float, ticks: list[float], show: Show | None) -> list[str]:
     """One plot; `show` writes the values of the y axis, which the others share."""
-    along = _Scale(_ticks([m.x for m in marks]), left, _WIDE)
+    along = _Scale(round_ticks([m.x for m in marks]), left, _WIDE)
     up = _Scale(ticks, _TOP + _HIGH, -_HIGH)
     out = []
     for tick in ticks:
