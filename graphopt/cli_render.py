@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rich.console import Console
@@ -292,6 +293,8 @@ def show_target(target: Target) -> None:
 
 def show_demo(stages: Sequence[Stage]) -> None:
     """The demo's table and where its files are."""
+    from graphopt.demo import PAGE
+
     console = _console()
     console.print("[bold]a small network for handwritten digits, 8x8[/]")
     _print_table(console, figures_table([s.name for s in stages], [s.row for s in stages]))
@@ -309,3 +312,5 @@ def show_demo(stages: Sequence[Stage]) -> None:
     console.print("files (the reports of how each was made are beside them, as .json):")
     for stage in stages:
         console.print(f"  {escape(str(stage.row.path))}")
+    page = Path(str(stages[-1].row.path)).with_name(PAGE)
+    console.print(f"what was done, layer by layer, as a page for your browser:\n  {escape(str(page))}")

@@ -6,15 +6,16 @@ import shutil
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from graphopt.context import Progress
 from graphopt.emit import write_text
 from graphopt.errors import ModelError
-from graphopt.report import LatencyRow, ModelRow, Report
+from graphopt.report import ModelRow, Report
 
 FILES = ("digits.onnx", "digits_calib.npz", "digits_eval.npz", "LICENSE-digits.txt")
 PRUNE = "fold, prune-channels macs=0.5 scope=global criterion=activation, cleanup"
-SECONDS = 4.0  # spent timing the three models
+PAGE = "digits.int8.html"
 
 
 @dataclass(frozen=True)
@@ -28,36 +29,39 @@ class Stage:
 
 
 def run_demo(folder: Path, *, overwrite: bool, progress: Progress) -> list[Stage]:
-    """Write the shipped model and its data to `folder`, prune and quantise it there, and measure all three models."""
-    from graphopt.api import Result, optimize
-    from graphopt.measure import latency, peak_memory
+    """Write the shipped model and its data to `folder`, prune and quantise it there, and measure all three models in turns.
+
+    A page of how the last one was made is written beside them (see `PAGE`).
+    """
+    from graphopt.api import Result, check_feeds, optimize
+    from graphopt.html import rendered
+    from graphopt.measure import peak_memory
     from graphopt.model import load
 
     source = _unpack(folder, overwrite)
     calibration, evaluation = folder / "digits_calib.npz", folder / "digits_eval.npz"
 
-    def optimized(passes: str, name: str) -> Result:
-        result = optimize(source, passes, calibration=calibration, evaluation=evaluation, check=True, progress=progress)
-        result.save(folder / f"{name}.onnx", overwrite=True)
+    def optimized(passes: str, name: str, *, measured: bool) -> Result:
+        data: dict[str, Any] = {"calibration": calibration, "evaluation": evaluation}
+        result = optimize(source, passes, **data, check=True, measure=measured, detail=measured, progress=progress)
+        written = result.save(folder / f"{name}.onnx", overwrite=True)[0]
+        found = {"path": str(written), "file_bytes": written.stat().st_size}
+        result.report.after = result.report.after.model_copy(update=found)
         write_text(folder / f"{name}.json", result.report.model_dump_json(indent=2))
         return result
 
-    results = {"pruned": optimized(PRUNE, "digits.pruned"), "pruned + INT8": optimized(f"{PRUNE}, quantize", "digits.int8")}
-    paths = [source, folder / "digits.pruned.onnx", folder / "digits.int8.onnx"]
-    from graphopt.api import check_feeds
-
-    feed = check_feeds(load(source), None, 1)[0]
-    progress("measure latency and memory", 0, 0)
-    timed = latency(paths, feed, seconds=SECONDS)
-    reports = [r.report for r in results.values()]
-    rows = [reports[0].before, *(r.after for r in reports)]
-    stages = []
-    for name, report, row, path, time in zip(["baseline", *results], [None, *reports], rows, paths, timed, strict=True):
-        measured = LatencyRow(p50_ms=time.p50_ms, p95_ms=time.p95_ms, runs=time.runs, batch=time.batch, threads=time.threads)
-        peak = peak_memory(path, feed)
-        update = {"path": str(path), "file_bytes": path.stat().st_size, "latency": measured, "peak_memory_bytes": peak}
-        stages.append(Stage(name, row.model_copy(update=update), time.speedup, report))
-    return stages
+    pruned = optimized(PRUNE, "digits.pruned", measured=False).report
+    final = optimized(f"{PRUNE}, quantize", "digits.int8", measured=True).report
+    write_text(folder / PAGE, rendered(final, folder / PAGE))
+    assert final.detail is not None
+    between = final.detail.stages[-2]  # the pruned model, timed in turns with the two others
+    peak = peak_memory(folder / "digits.pruned.onnx", check_feeds(load(source), None, 1)[0])
+    row = pruned.after.model_copy(update={"latency": between.latency, "peak_memory_bytes": peak})
+    return [
+        Stage("baseline", final.before, 1.0, None),
+        Stage("pruned", row, between.speedup or 1.0, pruned),
+        Stage("pruned + INT8", final.after, final.speedup or 1.0, final),
+    ]
 
 
 def _unpack(folder: Path, overwrite: bool) -> Path:

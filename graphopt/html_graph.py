@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from graphopt.cli_pruned import pruned_lines
@@ -13,6 +14,7 @@ from graphopt.report import EditRow, NodeRow, PassRow, Report
 
 _SHORT = 2  # rows of a run that are shown one by one all the same
 _KINDS = 5  # operators named in a summary
+_OPEN = 60  # lines up to which the list is not folded away
 _CONVERT = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
@@ -59,6 +61,28 @@ def _ops(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {op}" for op, n in ranked[:_KINDS]) + more
 
 
+@dataclass
+class _Line:
+    """A node that stays, or one that is new, and under it what went behind it and what was put behind it."""
+
+    before: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+    by: list[str] = field(default_factory=list)
+
+    def add(self, sides: tuple[str, str], by: str, *, told: bool = False) -> None:
+        """`told`: by whom is written beside the node, as there is more than one in this line."""
+        tail = f' <span class="soft">· {text(by)}</span>' if told else ""
+        for held, side in zip((self.before, self.after), sides, strict=True):
+            if side:
+                held.append(f"<div>{side}{tail}</div>")
+        if by and not told and by not in self.by:
+            self.by.append(by)
+
+    def markup(self) -> str:
+        cells = "".join(f"<div>{''.join(held)}</div>" for held in (self.before, self.after))
+        return f'<div class="node">{cells}<div class="soft">{text(", ".join(self.by))}</div></div>'
+
+
 def graph_section(nodes: Sequence[NodeRow], names: Sequence[str]) -> str:
     """The nodes in order, the original's on the left, the result's on the right; runs of the same fate folded into one line."""
     if not nodes:
@@ -69,26 +93,35 @@ def graph_section(nodes: Sequence[NodeRow], names: Sequence[str]) -> str:
         f"{many(len(nodes) - came, 'node')} before, {len(nodes) - went} after: {went} removed, {came} added, {changed} changed."
     )
     head = '<div class="node head"><span>before</span><span>after</span><span>by</span></div>'
-    rows = "".join(_rows(nodes, names))
-    return paragraph(counts) + f'<div class="nodes">{head}{rows}</div>'
+    lines = _lines(nodes, names)
+    shown = f"{head}{''.join(line.markup() for line in lines)}"
+    marks = "− removed, + added, ± changed: operator, attributes or weights. What stands under a node stood behind it."
+    listed = details("all nodes", shown, opened=len(lines) <= _OPEN)
+    return paragraph(counts) + paragraph(marks, soft=True) + listed
 
 
-def _rows(nodes: Sequence[NodeRow], names: Sequence[str]) -> Iterator[str]:
-    """QuantizeLinear and DequantizeLinear that were added stand under the node before them."""
-    lines: list[tuple[Html, Html, list[str]]] = []
+def _lines(nodes: Sequence[NodeRow], names: Sequence[str]) -> list[_Line]:
+    """What is removed, and added QuantizeLinear and DequantizeLinear, stand under the node before them."""
+    lines: list[_Line] = []
     for (fate, by), run in groupby(nodes, key=lambda n: _fate(n, names)):
         members = list(run)
-        if lines and fate == "added" and all(n.op in _CONVERT for n in members):
-            before, after, known = lines[-1]
-            said = Html(f'{after}<div class="new">+ {text(_ops(Counter(n.op for n in members)))}</div>')
-            lines[-1] = (before, said, [*known, *([by] if by not in known else [])])
+        converts = fate == "added" and all(n.op in _CONVERT for n in members)
+        if lines and converts:
+            lines[-1].add(("", f'<span class="new">+ {text(_ops(Counter(n.op for n in members)))}</span>'), by, told=True)
+        elif lines and fate == "removed":
+            if len(members) > _SHORT:
+                lines[-1].add(_folded(members, f"{fate} by {by}", fate), "")
+                continue
+            for node in members:
+                lines[-1].add(_one(node, fate), by, told=True)
         elif fate == "changed" or len(members) <= _SHORT:
-            lines += [(*_one(n, fate), by.split(", ")) for n in members]
+            for node in members:
+                lines.append(_Line())
+                lines[-1].add(_one(node, fate), by)
         else:
-            lines.append((*_folded(members, fate), [by]))
-    for before, after, known in lines:
-        by = ", ".join(filter(None, known))
-        yield f'<div class="node"><div>{before}</div><div>{after}</div><div class="soft">{text(by)}</div></div>'
+            lines.append(_Line())
+            lines[-1].add(_folded(members, fate, fate), by)
+    return lines
 
 
 def _fate(node: NodeRow, names: Sequence[str]) -> tuple[str, str]:
@@ -116,9 +149,9 @@ def _one(node: NodeRow, fate: str) -> tuple[Html, Html]:
     return before, after
 
 
-def _folded(members: Sequence[NodeRow], fate: str) -> tuple[Html, Html]:
+def _folded(members: Sequence[NodeRow], what: str, fate: str) -> tuple[Html, Html]:
     """One line for all, that unfolds to their names."""
-    said = f"{many(len(members), 'node')} {fate}: {_ops(Counter(n.op for n in members))}"
+    said = f"{many(len(members), 'node')} {what}: {_ops(Counter(n.op for n in members))}"
     before, after = _sides(fate, said)
     listed = items([f"{n.op} {n.name}" for n in members])
     if fate == "added":

@@ -98,9 +98,10 @@ def heading(title: str, content: str) -> str:
     return f"<h3>{text(title)}</h3>{content}" if content else ""
 
 
-def details(summary: str, content: str, *, unfold: bool = True) -> Html:
-    """Folded away until it is clicked; `unfold`: not in print."""
-    return Html(f"<details{' class=unfold' if unfold else ''}><summary>{text(summary)}</summary>{content}</details>")
+def details(summary: str, content: str, *, unfold: bool = True, opened: bool = False) -> Html:
+    """Folded away until it is clicked, unless `opened`; `unfold`: not in print."""
+    state = f"{' class=unfold' * unfold}{' open' * opened}"
+    return Html(f"<details{state}><summary>{text(summary)}</summary>{content}</details>")
 
 
 def code(words: str) -> Html:

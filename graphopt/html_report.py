@@ -227,7 +227,10 @@ def _layers(d: Detail) -> str:
     notes = [
         "error: root mean square of the difference in what a layer writes, over that of the original's; errors before it are in it"
     ]
-    notes += ["compared with the original, after the exact passes that come first"]
+    notes += [
+        "compared with the original after the exact passes that come first, both computed as their graphs are written: what the "
+        "runtime's kernels add, such as saturation on CPUs without INT8 dot products, is in the outputs only"
+    ]
     bases = sorted({r.error_from for r in d.layers if r.error_from})
     notes += [
         f"where units were removed, tensors cannot be compared with the original's: they are compared with the model after {b}"

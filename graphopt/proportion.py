@@ -14,7 +14,7 @@ import numpy as np
 from graphopt.cost import costs
 from graphopt.errors import ModelError
 from graphopt.layers import Layer, find_layers
-from graphopt.model import Model
+from graphopt.model import OWN, Model
 from graphopt.runtime import Feed, run, runnable, session
 
 BLOCK = 8  # channels that onnxruntime's blocked convolutions take at a time
@@ -84,7 +84,8 @@ def channels(model: Model) -> dict[str, tuple[int, int]]:
 
 
 def lagging(original: Model, work: Model, feed: Feed) -> tuple[list[Lag], float]:
-    """Layers that both models have and that lag, the most time first; and the share of the result's time outside of layers."""
+    """Layers that both models have and that lag, the most time first; and the share of the result's time outside of layers, 0 where
+    some are quantised: those are not among the layers that are known here."""
     (old, _), (new, idle) = _layer_times((original, work), feed)
     before, after = ({n.name: n.macs for n in costs(m).nodes} for m in (original, work))
     found = []
@@ -93,7 +94,8 @@ def lagging(original: Model, work: Model, feed: Feed) -> tuple[list[Lag], float]
             share = after[node] / before[node]
             if out_of_step(share, time / old[node]):
                 found.append(Lag(node, time / old[node], share, time - share * old[node]))
-    return sorted(found, key=lambda lag: -lag.excess), idle
+    quantised = any(n.op == "DequantizeLinear" or n.domain == OWN for n in work.nodes())
+    return sorted(found, key=lambda lag: -lag.excess), 0.0 if quantised else idle
 
 
 def _layer_times(models: Sequence[Model], feed: Feed) -> list[tuple[dict[str, float], float]]:
