@@ -386,11 +386,10 @@ def _qualities(models: Sequence[str | Path], settings: BenchSettings) -> Iterato
 
 
 def _memories(models: Sequence[str | Path], settings: BenchSettings, warnings: list[str]) -> Iterator[Memory]:
-    from graphopt.emit import sources
-    from graphopt.model import load
+    from graphopt.emit import file_size
 
     for path in dict.fromkeys(map(Path, models)):
-        size = path.stat().st_size + sum(f.stat().st_size for f in sources(load(path)))
+        size = file_size(path)
         found: Mapping[str, Any] = {}
         if settings.memory:
             try:

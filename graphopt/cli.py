@@ -17,6 +17,7 @@ from graphopt.cli_compiled import run as run_command
 from graphopt.cli_evaluate import evaluate as evaluate_command
 from graphopt.cli_monitor import monitor as monitor_command
 from graphopt.cli_release import COMMANDS as RELEASE_COMMANDS
+from graphopt.cli_report import report as report_command
 from graphopt.cli_sweep import sweep as sweep_command
 from graphopt.errors import CheckError, GraphoptError, ModelError, OptionError
 
@@ -350,7 +351,9 @@ def demo(output: Path, overwrite: bool) -> None:
     show_demo(stages)
 
 
-for _command in (run_command, bench_command, audit_command, evaluate_command, monitor_command, sweep_command, *RELEASE_COMMANDS):
+for _command in (run_command, bench_command, audit_command, evaluate_command, monitor_command, sweep_command, report_command):
+    cli.add_command(_command)
+for _command in RELEASE_COMMANDS:
     cli.add_command(_command)
 
 

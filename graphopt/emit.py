@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from graphopt.edit import peek
 from graphopt.errors import ModelError
 from graphopt.external import LIMIT, locate, write_external
-from graphopt.model import SMALL, Model
+from graphopt.model import SMALL, Model, load
 from graphopt.proto import Weights, encode_inline
 
 
@@ -109,6 +109,11 @@ def sources(model: Model) -> set[Path]:
     external = [t for t in lazy if isinstance(t, onnx.TensorProto) and t.data_location == onnx.TensorProto.EXTERNAL]
     folder = model.path.parent if model.path else None
     return {locate(t, folder)[0] for t in external}
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a model's file and of the files that hold its weights."""
+    return path.stat().st_size + sum(f.stat().st_size for f in sources(load(path)))
 
 
 def serialized(proto: onnx.ModelProto) -> bytes:

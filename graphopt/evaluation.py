@@ -65,6 +65,8 @@ class EvaluationReport(Versioned):
 
     environment: Environment
     model: str
+    file_bytes: int = Field(description="of the model, external weights included")
+    base_file_bytes: int | None = Field(description="null: there is no base")
     metric: str
     higher_is_better: bool
     evaluation: SetRow
@@ -96,6 +98,7 @@ def evaluate(model: str | Path, data: Any, **options: Any) -> EvaluationReport:
     """
     settings = EvaluationSettings(**options)
     metric = find_metric(settings.metric)
+    from graphopt.emit import file_size
     from graphopt.gains import environment
 
     main = _scored(model, data, metric, settings, _groups(settings.groups))
@@ -105,6 +108,8 @@ def evaluate(model: str | Path, data: Any, **options: Any) -> EvaluationReport:
     return EvaluationReport(
         environment=environment(),
         model=str(model),
+        file_bytes=file_size(Path(model)),
+        base_file_bytes=None if settings.base is None else file_size(Path(settings.base)),
         metric=metric.name,
         higher_is_better=metric.higher_is_better,
         evaluation=main,

@@ -10,7 +10,7 @@ from graphopt.audit_report import AuditReport, NodeAudit
 from graphopt.benchmark import BenchReport, Timing
 from graphopt.evaluation import EvaluationReport, GroupRow, SetRow
 from graphopt.gold import GoldRow
-from graphopt.html_charts import Value, Variant, percent, variants
+from graphopt.html_charts import Value, percent
 from graphopt.html_graph import passes_of
 from graphopt.html_page import (
     Bar,
@@ -27,7 +27,8 @@ from graphopt.html_page import (
     table,
     tiles,
 )
-from graphopt.html_report import SURE, environment_text, value_of
+from graphopt.html_report import SURE, environment_text
+from graphopt.html_variants import of_bench, of_evaluate, of_sweep, value_of
 from graphopt.knee import shown_error
 from graphopt.report import Environment, PointRow, SweepReport
 
@@ -73,7 +74,12 @@ def audit_page(report: AuditReport) -> str:
         ("By kernel", table(("kernel", "type", "kernels", "us", "share"), kernels, text_columns=(1,))),
         _measured(report.environment, run),
     ]
-    return page(f"audit: {report.model}", f"{report.us:.0f} us a run, as profiled", sections, report.model_dump_json())
+    return page(
+        f"audit: {Path(report.model).name}",
+        f"{report.model}: {report.us:.0f} us a run, as profiled",
+        sections,
+        report.model_dump_json(),
+    )
 
 
 def _slowest(rows: Sequence[NodeAudit]) -> list[NodeAudit]:
@@ -95,13 +101,12 @@ def bench_page(report: BenchReport) -> str:
         for m in report.memory
     ]
     noise = [
-        f"the first model against itself, batch {c.batch}, {c.threads or 'all'} threads: "
-        f"{c.speedup:.3f}x ({c.low:.3f} to {c.high:.3f})"
+        f"the first model against itself, batch {c.batch}, {_threads(c.threads)}: {c.speedup:.3f}x ({c.low:.3f} to {c.high:.3f})"
         for c in report.control
     ]
     sections = [
         ("In short", tiles(_faster(report)) + _warned(report.warnings)),
-        ("Variants", _bench_variants(report)),
+        ("Variants", of_bench(report).markup()),
         ("Latency p50", bars([Bar(_run(t), t.p50_ms) for t in report.timings], "ms", ("", ""))),
         ("Timings", table(("model", *header, *(("energy",) if joules else ())), rows)),
         ("Memory", table(("model", "file", "after loading", "after running", "peak"), memory)),
@@ -122,7 +127,11 @@ def _of(t: Timing) -> str:
 
 
 def _run(t: Timing) -> str:
-    return f"{_of(t)}, batch {t.batch}, {t.threads or 'all'} threads"
+    return f"{_of(t)}, batch {t.batch}, {_threads(t.threads)}"
+
+
+def _threads(count: int) -> str:
+    return many(count, "thread") if count else "all cores"
 
 
 def _faster(report: BenchReport) -> list[Tile]:
@@ -144,43 +153,16 @@ def _faster(report: BenchReport) -> list[Tile]:
     return found
 
 
-def _bench_variants(report: BenchReport) -> str:
-    """Quality over cost where there is quality, else size over time."""
-    sizes = {m.model: m.file_bytes for m in report.memory}
-    times = {t.model: t.p50_ms for t in reversed(report.timings)}
-    if report.quality:
-        rows = [
-            Variant(
-                q.model,
-                q.value,
-                times.get(q.model),
-                sizes.get(q.model),
-                (_pair(q.lost, q.won), "-" if q.p_value is None else f"{q.p_value:.2g}"),
-            )
-            for q in report.quality
-        ]
-        return variants(rows, value_of(report.quality[0].metric, report.quality[0].higher_is_better), ("lost/won", "p"))
-    rows = [Variant(name, float(sizes[name]), ms, None) for name, ms in times.items() if name in sizes]
-    lead = "Quality was not measured (--eval): file size over time."
-    return paragraph(lead, soft=True) + variants(rows, Value("file size", False, size)) if len(rows) > 1 else ""
-
-
-def _pair(lost: int | None, won: int | None) -> str:
-    return "-" if lost is None or won is None else f"{lost}/{won}"
-
-
 # ---- evaluate
 
 
 def evaluation_page(report: EvaluationReport) -> str:
     """One model on labelled rows, beside its base."""
     main = report.evaluation
-    value = value_of(report.metric, report.higher_is_better)
-    found = [(Path(report.model), main.value), *([(Path(main.paired.base), main.paired.value)] if main.paired else [])]
-    plotted = [Variant(p.name, v, None, p.stat().st_size if p.is_file() else None) for p, v in reversed(found)]
+    value = value_of(report.metric, higher=report.higher_is_better)
     sections = [
         ("In short", tiles(_evaluated(report, value)) + _warned(report.warnings)),
-        ("Variants", variants(plotted, value) if len(plotted) > 1 else ""),
+        ("Variants", of_evaluate(report).markup()),
         ("Rows lost and won", _rows(main)),
         ("Groups", _groups(main, value)),
         (
@@ -199,7 +181,12 @@ def evaluation_page(report: EvaluationReport) -> str:
             f"preprocessing: {main.preprocessing or 'none declared: rows are given as they are'}",
         ),
     ]
-    return page(f"evaluate: {report.model}", f"{report.metric} on {many(main.rows, 'row')}", sections, report.model_dump_json())
+    return page(
+        f"evaluate: {Path(report.model).name}",
+        f"{report.model}: {report.metric} on {many(main.rows, 'row')}",
+        sections,
+        report.model_dump_json(),
+    )
 
 
 def _evaluated(report: EvaluationReport, value: Value) -> list[Tile]:
@@ -259,14 +246,13 @@ def _gold(found: GoldRow) -> str:
 def sweep_page(report: SweepReport) -> str:
     """The curve from which a user picks a point, with the recipe of each."""
     reached = [p for p in report.points if p.failed is None]
-    by_quality = report.original.quality is not None
-    value = value_of(report.metric or "", True) if by_quality else Value("error at the outputs", False, percent)
+    plotted = of_sweep(report)
     knees = [(k.rule, "-" if k.keep is None else f"{k.keep:g}", k.why) for k in report.knees]
     failed = [f"{p.keep:g} was not reached: {p.failed}" for p in report.points if p.failed is not None]
     warnings = [*(f"{p.keep:g}: {w}" for p in reached for w in p.warnings), *report.warnings]
     sections = [
-        ("In short", tiles(_picked(report, value)) + _warned([*failed, *warnings])),
-        ("Variants", variants(_points(report, reached, by_quality=by_quality), value, ("time", "MACs", "parameters", "lost/won"))),
+        ("In short", tiles(_picked(report, plotted.value)) + _warned([*failed, *warnings])),
+        ("Variants", plotted.markup()),
         ("Where to stop", table(("rule", "keep", "why"), knees, text_columns=(2,))),
         ("Make one of them", _recipes(report, reached)),
         ("What was done for each", "".join(details(f"{p.keep:g}", passes_of(p.passes)) for p in reached)),
@@ -282,7 +268,12 @@ def sweep_page(report: SweepReport) -> str:
             ),
         ),
     ]
-    return page(f"sweep: {report.source or 'model'}", f"{report.template}, for {report.target}", sections, report.model_dump_json())
+    return page(
+        f"sweep: {Path(report.source).name if report.source else 'model'}",
+        f"{report.template}, for {report.target}",
+        sections,
+        report.model_dump_json(),
+    )
 
 
 def _picked(report: SweepReport, value: Value) -> list[Tile]:
@@ -300,34 +291,6 @@ def _picked(report: SweepReport, value: Value) -> list[Tile]:
         told = "" if y is None else f"{value.name} {value.show(y)}, "
         found.append(Tile(f"{knee.rule}: {knee.why}", f"keep {point.keep:g}", f"{told}{faster}{size_}".rstrip(", ")))
     return found
-
-
-def _points(report: SweepReport, reached: Sequence[PointRow], *, by_quality: bool) -> list[Variant]:
-    first = report.original
-    cells = ("1.00", _count(first.macs), _count(first.parameters), "-")
-    rows = [
-        Variant(
-            "original",
-            first.quality if by_quality else 0.0,
-            first.latency.p50_ms if first.latency else None,
-            first.file_bytes,
-            cells,
-        )
-    ]
-    for p in reached:
-        y = (p.quality.optimized if p.quality else None) if by_quality else shown_error(p)
-        cells = (
-            "-" if p.latency_ratio is None else f"{p.latency_ratio:.2f}",
-            _count(p.macs),
-            _count(p.parameters),
-            "-" if p.quality is None else f"{p.quality.lost}/{p.quality.won}",
-        )
-        rows.append(Variant(f"keep {p.keep:g}", y, p.latency.p50_ms if p.latency else None, p.file_bytes, cells))
-    return rows
-
-
-def _count(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1e6:,.2f} M" if value >= 1_000_000 else f"{value:,}"
 
 
 def _recipes(report: SweepReport, reached: Sequence[PointRow]) -> str:

@@ -80,7 +80,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns:
     blocks = len(text_columns) > 1 or len(header) > 4 or fixed
     names = " ".join(["cards"] * blocks + ["fixed"] * fixed)
     top = "".join(f"<th{k}>{text(h)}</th>" for k, h in zip(kinds, header, strict=True))
-    return f'<table class="{names}"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    return f'<div class="wide"><table class="{names}"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def items(lines: Sequence[str], *, tone: str = "") -> str:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from graphopt.html_charts import Value, Variant, histogram, percent, variants
+from graphopt.html_charts import histogram, percent
 from graphopt.html_graph import graph_section, passes_section
 from graphopt.html_page import (
     Bar,
@@ -28,6 +28,7 @@ from graphopt.html_page import (
     text,
     tiles,
 )
+from graphopt.html_variants import macs, of_optimize, value_of
 from graphopt.lineage import names_of
 from graphopt.report import Detail, Environment, LayerRow, ModelRow, Report
 
@@ -35,7 +36,6 @@ _LAYERS = 40  # shown at once: of more, those that take longest or are worst
 _HISTOGRAMS = 12
 _BETTER, _WORSE = 1.03, 0.97  # of a speed-up
 SURE = 0.05  # significance
-_SHARES = frozenset({"top1", "top5", "binary", "exact-match", "f1", "auc"})  # metrics that are shares of 1
 
 
 def report_page(report: Report) -> str:
@@ -45,7 +45,7 @@ def report_page(report: Report) -> str:
     sections = [
         ("In short", tiles(_answers(report)) + items([f"Warning: {w}" for w in report.warnings], tone="warn")),
         ("Before and after", _figures(report.before, report.after) + _measured_on(report)),
-        ("Variants", _variants(report)),
+        ("Variants", of_optimize(report).markup()),
         ("Where the time goes", _time(d) if d else ""),
         ("Layer by layer", _layers(d) if d else ""),
         ("Ranges", _ranges(d) if d else ""),
@@ -86,7 +86,7 @@ def _good(report: Report) -> Tile:
     """Quality where it was measured, else how far the outputs moved."""
     question = "Is it good enough?"
     if (q := report.quality) is not None:
-        show = value_of(q.metric, True).show
+        show = value_of(q.metric).show
         sure = q.p_value < SURE
         verdict = "the difference is significant" if sure else "no difference that these rows can show"
         note = f"{q.metric} on {many(q.rows, 'row')}: {q.lost} worse, {q.won} better (p = {q.p_value:.2g}); {verdict}"
@@ -108,7 +108,7 @@ _FIGURES: tuple[tuple[str, Callable[[ModelRow], float | None], Callable[[float],
     ("latency p50", lambda r: r.latency.p50_ms if r.latency else None, lambda v: f"{v:.3f} ms"),
     ("latency p95", lambda r: r.latency.p95_ms if r.latency else None, lambda v: f"{v:.3f} ms"),
     ("parameters", lambda r: r.parameters, lambda v: f"{v:,}"),
-    ("MACs", lambda r: r.macs, lambda v: f"{v / 1e6:,.2f} M"),
+    ("MACs", lambda r: r.macs, lambda v: macs(int(v))),
     ("nodes", lambda r: r.nodes, lambda v: f"{v:,}"),
     ("weights", lambda r: r.weight_bytes, size),
     ("file", lambda r: r.file_bytes, size),
@@ -137,47 +137,6 @@ def _measured_on(report: Report) -> str:
     if any(p.name == "quantize" and p.changes for p in report.passes):
         said.append("nodes: QuantizeLinear and DequantizeLinear are counted; they vanish where the runtime computes in INT8")
     return items(said)
-
-
-# ---- variants
-
-
-def value_of(metric: str, higher: bool) -> Value:
-    """The axis of a metric."""
-    return Value(f"quality ({metric})", higher, percent if metric in _SHARES else figure)
-
-
-def _variants(report: Report) -> str:
-    d = report.detail
-    if d is None or not d.stages:
-        return ""
-    by_quality = report.quality is not None
-    metric = report.quality.metric if report.quality else ""
-    value = value_of(metric, True) if by_quality else Value("error at the outputs", False, percent)
-    first = Variant(
-        "original", _first(report, by_quality), _p50(report.before), report.before.file_bytes, ("1.00x", _macs(report.before.macs))
-    )
-    rows = [first]
-    for i, s in enumerate(d.stages):
-        found = (s.quality.optimized if s.quality else None) if by_quality else s.error
-        latency = s.latency.p50_ms if s.latency else None
-        name = s.name if i == 0 else f"then {s.name}"
-        cells = ("-" if s.speedup is None else f"{s.speedup:.2f}x", _macs(s.macs))
-        rows.append(Variant(name, found, latency, s.file_bytes, cells))
-    lead = "The original, and the model after each step that can change its answers."
-    return paragraph(lead, soft=True) + variants(rows, value, ("speed", "MACs"))
-
-
-def _first(report: Report, by_quality: bool) -> float | None:
-    return report.before.quality if by_quality else 0.0
-
-
-def _p50(row: ModelRow) -> float | None:
-    return row.latency.p50_ms if row.latency else None
-
-
-def _macs(macs: int | None) -> str:
-    return "-" if macs is None else f"{macs / 1e6:,.2f} M"
 
 
 # ---- time and layers

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from graphopt.registry import REGISTRY
-from graphopt.report import schema
+from graphopt.report import SweepReport, schema
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -83,6 +83,10 @@ def test_setup_is_two_commands_and_ci_runs_the_same() -> None:
 
 def test_the_reports_schema_is_published() -> None:
     assert json.loads((ROOT / "docs" / "report.schema.json").read_text()) == schema()
+
+
+def test_the_schema_of_sweeps_is_published() -> None:
+    assert json.loads((ROOT / "docs" / "sweep.schema.json").read_text()) == SweepReport.model_json_schema()
 
 
 def test_every_pass_is_documented() -> None:

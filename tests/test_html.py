@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,6 +25,7 @@ from graphopt.html_charts import Value, Variant, histogram, percent, variants
 from graphopt.html_page import Bar, Html, Tile, bars, details, items, page, table, tiles
 from graphopt.report import RangeRow, Report, SweepReport
 
+Run = Callable[..., "tuple[int, str, str]"]
 VOID = {"meta", "br", "hr", "img", "link"}
 LIMIT = 5_000_000  # bytes
 EVIL = '<script>alert("x")</script><!--&amp;</style>'
@@ -185,6 +187,8 @@ def test_the_front_is_what_nothing_beats() -> None:
 def test_numbers_of_near_points_do_not_cover_each_other() -> None:
     near = [Variant(str(i), 0.9 + i * 1e-4, 10 + i * 0.05, None) for i in range(4)]
     drawn = variants([Variant("far", 0.5, 1.0, None), *near], Value("quality"))
+    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="middle" class="halo">', drawn)
+    numbers = [(float(x), float(y)) for x, y in found]
     assert len(numbers) == 5
     assert min(abs(a[0] - b[0]) + abs(a[1] - b[1]) for i, a in enumerate(numbers) for b in numbers[:i]) > 7
 
@@ -196,6 +200,30 @@ def test_a_histogram_shows_what_is_cut_off() -> None:
     assert (inside, outside) == (2, 2)
     assert "range 0 to 2, seen -2 to 4, 25 % cut off" in drawn
     assert "nothing cut off" in histogram(row.model_copy(update={"saturated": 0.0, "low": -2.0, "high": 4.0}))
+
+
+def test_the_models_of_several_reports_come_into_one_plot(pages: dict[str, Path], cli: Run, tmp_path: Path) -> None:
+    given = [pages[n] for n in ("optimize", "sweep", "evaluate", "audit")]
+    (tmp_path / "b.json").write_text(data(pages["bench"].read_text()))
+    out = tmp_path / "all.html"
+    assert cli("report", *given, tmp_path / "b.json", "-o", out)[0] == 0
+    text = out.read_text()
+    checked(text)
+    assert len(json.loads(data(text))) == 5
+    for said in ("1. original", "keep 0.5", "then quantize", "digits.onnx", "sweep.html", "b.json", "measured at different times"):
+        assert said in shown(text)
+    assert cli("report", pages["sweep"], "-o", tmp_path / "again.html")[0] == 0
+    assert (tmp_path / "again.html").read_text() == pages["sweep"].read_text()
+
+
+def test_what_is_no_report_is_refused(cli: Run, pages: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    for given, said in (("x.json", "is no report of optimize"), ("y.json", "cannot read the report")):
+        code, _, err = cli("report", tmp_path / given, "-o", tmp_path / "x.html")
+        assert (code, said in err) == (1, True)
+    assert "must end in .html" in cli("report", pages["sweep"], "-o", tmp_path / "x.pdf")[2]
+    assert "no two models" in cli("report", pages["audit"], pages["audit"], "-o", tmp_path / "x.html")[2]
+    assert not (tmp_path / "x.html").exists()
 
 
 # ---- names that would break a page
