@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +20,7 @@ from graphopt.audit_reasons import DQ, Q, is_op
 from graphopt.compare import OutputDifference, differences, inner_differences, shared_tensors
 from graphopt.edit import peek
 from graphopt.errors import DataError, ModelError
+from graphopt.external import LIMIT
 from graphopt.lineage import Lineage
 from graphopt.measure import Latency
 from graphopt.model import Model
@@ -33,6 +37,7 @@ LARGE = 512 << 20  # bytes of weights over which copies of the model are not kep
 ERROR_ROWS = 8  # on which errors of layers and stages are measured
 _BUDGET = 64 << 20  # bytes of activations that are compared at a time
 _UNKNOWN = 4 << 20  # what a tensor of unknown size is taken for
+_SECONDS = 60.0  # in which comparing tensors inside must be done: what is left then is left out
 _PROFILE_MS = 1500.0  # of profiled runs of each model
 _FEWEST, _MOST = 4, 40  # such runs
 _OWN_WEIGHTS: tuple[str, ...] = ("f2", "f4", "f8", "i1")  # dtypes of weights that a node reads itself
@@ -61,13 +66,17 @@ class Recorder:
     lineage: Lineage = field(default_factory=Lineage)
     stages: list[Stage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    exact: set[int] = field(default_factory=set)  # runs of exact passes
-    _folder: tempfile.TemporaryDirectory[str] = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="graphopt-"))
+    folded: set[int] = field(default_factory=set)  # runs of exact passes that changed nodes
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="graphopt-")))
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def __call__(self, model: Model, step: Step, result: StepResult) -> None:
-        if step.entry.exact:
-            self.exact.add(self.lineage.runs)
         self.lineage(model, step, result)
+        edit = self.lineage.edits[-1] if self.lineage.edits else None
+        if step.entry.exact and edit is not None and edit.run == self.lineage.runs - 1 and edit.changed:
+            self.folded.add(edit.run)
         if not result.changes:
             return
         if model.weight_bytes() > LARGE:
@@ -76,20 +85,17 @@ class Recorder:
             return
         if not self.stages or not step.entry.exact:
             name = "exact passes" if step.entry.exact else str(step)
-            self.stages.append(Stage(name, 0, Path(self._folder.name) / f"{len(self.stages)}.onnx", step.entry.exact))
+            self.stages.append(Stage(name, 0, self.folder / f"{len(self.stages)}.onnx", step.entry.exact))
         stage = self.stages[-1]
         stage.runs = self.lineage.runs
         with runnable(model) as content:
             if isinstance(content, bytes):
                 stage.path.write_bytes(content)
 
-    def comparable(self, node: str, runs: int) -> bool:
-        """Whether what the node writes means what it meant after so many runs: an exact pass that changes a node, as fold-bn does,
-        changes what it writes; others change it as little as they can."""
-        life = self.lineage.lives.get(node)
-        if life is None or (life.added is not None and life.added >= runs):
-            return False
-        return not any(run >= runs and run in self.exact for run in life.changed)
+    def comparable(self, runs: int) -> bool:
+        """Whether tensors mean what they meant after so many runs. An exact pass that changes nodes may fold layers into others, or
+        move factors across them; what is not exact changes what tensors hold as little as it can."""
+        return not any(run >= runs for run in self.folded)
 
 
 def measure_detail(
@@ -121,12 +127,18 @@ def measure_detail(
         base_us=audited.base_us if audited else None,
         categories=audited.categories if audited else [],
         explanation=audited.explanation if audited else [],
-        ranges=[RangeRow(tensor=name, **row) for p in report.passes for name, row in p.facts.pop("histograms", {}).items()],
+        ranges=_ranges(report),
         nodes=recorder.lineage.rows(),
         edits=recorder.lineage.edits,
         stages=stages or [],
         notes=notes,
     )
+
+
+def _ranges(report: Report) -> list[RangeRow]:
+    """What quantize kept of calibration, taken out of its facts."""
+    kept = [p.facts.pop("histograms", {}) for p in report.passes if p.name == "quantize"]
+    return [RangeRow(tensor=name, **row) for found in kept for name, row in found.items()]
 
 
 def _tried(notes: list[str], what: str, measure: Callable[[], Any]) -> Any:
@@ -142,6 +154,8 @@ def _profiled(report: Report, models: tuple[Model, Model], feed: Mapping[str, np
     """onnxruntime's profile of both models, one after the other in turns."""
     from graphopt.auditing import audit_pair
 
+    if max(m.weight_bytes() for m in models) > LIMIT:
+        raise ModelError("two models of this size do not fit side by side")
     slowest = max((r.latency.p50_ms for r in (report.before, report.after) if r.latency), default=_PROFILE_MS)
     runs = int(min(max(_PROFILE_MS / max(slowest, 1e-3), _FEWEST), _MOST))
     original, work = models
@@ -174,17 +188,23 @@ def _errors(models: tuple[Model, Model], recorder: Recorder, feeds: Sequence[Any
         return {}
     b, owners = work.proto(), _owners(work)
     errors: dict[str, Error] = {}
+    deadline = time.perf_counter() + _SECONDS
     earlier = recorder.stages[:-1]
     bases: list[tuple[str | None, int, Callable[[], onnx.ModelProto]]] = [
         (None if s.exact else s.name, s.runs, partial(onnx.load, s.path)) for s in earlier
     ]
     if not earlier or not earlier[0].exact:
         bases.insert(0, (None, 0, original.proto))
-    for name, runs, base in bases:
+    usable = [(name, base) for name, runs, base in bases if recorder.comparable(runs)]
+    if not usable:
+        notes.append("errors of layers were not measured: exact passes folded layers into each other; outputs were compared")
+    for name, base in usable:
         a = base()
-        found = [t for t in shared_tensors(a, b) if t in owners and owners[t] not in errors]
-        wanted = [t for t in found if recorder.comparable(owners[t], runs)]
+        wanted = [t for t in shared_tensors(a, b) if t in owners and owners[t] not in errors]
         for chunk in _chunks(work, wanted):
+            if time.perf_counter() > deadline:
+                notes.append(f"errors of some layers were not measured: all of them would take more than {_SECONDS:.0f} seconds")
+                return errors
             for row in inner_differences(a, b, chunk, feeds):
                 error = _relative([row])
                 if error is not None:
@@ -239,6 +259,8 @@ def _stages(
     from graphopt.evaluate import paired, score
     from graphopt.gains import latency_row, quality_row
 
+    if not recorder.stages:
+        return
     names = [t.name for t in models[0].graph.outputs]
     with runnable(models[0]) as content:
         first = session(content, threads=0)
@@ -275,7 +297,7 @@ def _layers(
     original, work = models
     profiled = {n.name: n for n in audited.nodes} if audited else {}
     before = {str(n.name): n for n in original.graph.nodes}
-    sparse = {row["layer"]: 1 - row["density"] for p in report.passes for row in p.facts.get("layers", ()) if "density" in row}
+    sparse = {row["layer"]: 1 - row["density"] for p in report.passes if p.name == "sparsify" for row in p.facts.get("layers", ())}
     rows = []
     for node in work.graph.nodes:
         if is_op(node, Q) or is_op(node, DQ) or node.op == "Constant":

@@ -69,7 +69,5 @@ def combined(paths: Sequence[Path]) -> str:
     if not any(content for _, content in sections):
         raise DataError(f"there are no two models to compare in {', '.join(map(str, paths))}")
     note = "Latencies of different reports were measured at different times, perhaps on other machines: compare within a report."
-        "Latencies of different reports were measured at different times, perhaps on different machines: compare within a report."
-    ]
     data = json.dumps({str(path): report.model_dump(mode="json") for path, report in reports.items()})
     return page("graphopt: variants", ", ".join(map(str, paths)), [*sections, ("How to read it", paragraph(note))], data)
