@@ -144,7 +144,7 @@ def test_every_layer_of_a_real_run_is_found_again(digits: Path) -> None:
 def test_the_report_warns_where_measured_time_does_not_follow(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from graphopt.measure import Latency
 
-    def timed(models: object, feed: object) -> list[Latency]:
+    def timed(models: object, feed: object, **options: object) -> list[Latency]:
         return [Latency(1.0, 1.0, 10, 1, 1, 1.0), Latency(1.5, 1.5, 10, 1, 1, 1 / 1.5)]
 
     monkeypatch.setattr("graphopt.gains.latency", timed)
