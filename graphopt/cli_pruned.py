@@ -69,11 +69,17 @@ def _candidates(facts: Facts, verbose: bool) -> Iterator[str]:
         return
     others = [c for c in facts["candidates"] if (c["recipe"], c["mode"]) != (facts["recipe"], facts["mode"])]
     others.sort(key=lambda c: c["error"])
-    yield f"recipe: {facts['recipe']}, {facts['mode']}: error {facts['error_after']:.4f} on held-out rows" + (
+    before = facts["tuning"]["error_before"]
+    yield f"recipe: {facts['recipe']}, {facts['mode']}: error {before:.4f}{_tuned(facts)} on held-out rows" + (
         f"; the next of {len(others)} others {others[0]['error']:.4f}" if others and not verbose else ""
     )
     if verbose:
         yield from (f"not: {c['recipe']}, {c['mode']}: {c['error']:.4f}, {c['units']} units" for c in others)
+
+
+def _tuned(facts: Facts) -> str:
+    """What scales and shifts of channels brought."""
+    return "" if facts["tuning"]["strength"] is None else f", {facts['error_after']:.4f} with channels scaled"
 
 
 def _repaired(facts: Facts, verbose: bool) -> Iterator[str]:

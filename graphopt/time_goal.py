@@ -70,8 +70,9 @@ def aim(share: float, made: Callable[[float], Model], model: Model, context: Con
     for _ in range(_TRIES):
         try:
             pruned = session(made(planned).proto(), threads=1)
-        except PassError:
-            break
+        except PassError:  # so few units cannot stay; more may be fast enough all the same
+            planned = (planned + 1) / 2
+            continue
         # twice, and the slower counts: on a busy machine one pause can fill half the pairs of a short measurement
         taken = max(1 / paired(original, pruned, feed, border=1 / share, seconds=_SECONDS).speed for _ in range(2))
         fastest = min(fastest, taken)
@@ -82,7 +83,7 @@ def aim(share: float, made: Callable[[float], Model], model: Model, context: Con
         planned = min(max(planned * share * (1 - _CLOSE / 2) / taken, planned * 0.5), (planned + 1) / 2)
     if best is None:
         reached = (
-            f"the fastest model took {fastest:.2f} of the original's time" if fastest < float("inf") else "too few units can go"
+            f"the fastest model took {fastest:.2g} of the original's time" if fastest < float("inf") else "too few units can go"
         )
         raise PassError(name, f"latency={share:g} cannot be reached: {reached}; use macs=")
     return best

@@ -62,8 +62,10 @@ def test_search_names_recipe_candidates_and_the_layers_with_most_error_left() ->
     short = pruned_lines(result.report.passes, verbose=False)
     assert short[0].startswith("prune-search: removed ")
     (recipe,) = (line for line in short if line.startswith("  recipe: "))
-    assert f"{found.facts['recipe']}, {found.facts['mode']}: error {found.facts['error_after']:.4f}" in recipe
-    others = sorted(c["error"] for c in found.facts["candidates"] if c["error"] != found.facts["error_after"])
+    tuning = found.facts["tuning"]
+    assert f"{found.facts['recipe']}, {found.facts['mode']}: error {tuning['error_before']:.4f}" in recipe
+    assert (f"{found.facts['error_after']:.4f} with channels scaled" in recipe) == (tuning["strength"] is not None)
+    others = sorted(c["error"] for c in found.facts["candidates"] if c["error"] != tuning["error_before"])
     assert f"the next of {len(found.facts['candidates']) - 1} others {others[0]:.4f}" in recipe
     worst = max(found.facts["layers"], key=lambda layer: layer["after"])
     assert f"  largest errors left in layers: {worst['layer']} {worst['before']:.4f} -> {worst['after']:.4f}" in short[-1]
