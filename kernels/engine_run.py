@@ -54,7 +54,6 @@ from graphopt.kernels.vector_steps import (
     add_bytes,
     copy16,
     depthwise_pixel,
-    look_up,
     mul_bytes,
     pool_average,
     pool_global,
@@ -70,6 +69,7 @@ conv: Any = None
 gemv: Any = None
 conv_amx: Any = None
 depthwise: Any = None
+look_up: Any = None
 TILES = False
 BODY = ""
 

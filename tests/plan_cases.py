@@ -252,3 +252,17 @@ def rows(seed: int) -> tuple[p.Plan, list[Array], list[Array]]:
         c.step(p.CONV, x=x, out=out, order=p.KN, mid_zero=c.tensors[out].zero, **more)
         add_output(c, out, p.ROWS)
     return c.plan(), c.constants, c.inputs
+
+
+def edges(seed: int) -> tuple[p.Plan, list[Array], list[Array]]:
+    """One image in and out in any type and layout, as wide or narrow as it may be, through a table on the way."""
+    rng = np.random.default_rng(seed)
+    c = Case(rng, batch=int(rng.integers(1, 3)))
+    layouts = (p.CHANNELS_FIRST, p.CHANNELS_LAST)
+    size = c.pick(1, 1, 2, 4), c.pick(1, 2, 7, 15, 16, 17, 31, 40, 130)
+    x = add_input(c, c.pick(1, 2, 3, 4, 5, 16, 17, 33, 48), size, layouts[c.pick(0, 1)])
+    out = c.tensor(c.tensors[x].channels, size)
+    c.step(p.COPY, x=x, out=out, count=c.tensors[x].channels, table=c.constant(rng.integers(0, 256, 256).astype(np.uint8)))
+    for t in (x, out):
+        add_output(c, t, layouts[c.pick(0, 1)])
+    return c.plan(), c.constants, c.inputs
