@@ -308,8 +308,9 @@ def depthwise_variant(handle: int, s: int, per: int, outs: int) -> int:
     if get(s, 17) == 1 or per != 1 or outs != get(s, 17) or get(s, 18) == IOHW or get(s, 2) >= 0 or get(x, T_PITCH) < 16:
         return DENSE
     k, stride = get(s, 7), get(s, 9)
-    square = get(s, 8) == k and get(s, 10) == stride and get(s, 11) == 1 and get(s, 12) == 1
-    if square and (k == 3 or k == 5) and (stride == 1 or stride == 2):
+    square = get(s, 8) == k and get(s, 11) == 1 and get(s, 12) == 1
+    steps = (get(s, 10) == stride or get(s, 10) == 1) and (stride == 1 or stride == 2)  # both alike, or by rows only
+    if square and (k == 3 or k == 5) and steps:
         return DEPTHWISE_FAST
     return DEPTHWISE_ANY
 

@@ -52,7 +52,7 @@ from graphopt.kernels.memory import fill, ldf, ldu8, stu8, to_float
 from graphopt.kernels.plan import ADD, GLOBAL_POOL, MAX_POOL
 from graphopt.kernels.vector_steps import (
     add_bytes,
-    copy16,
+    copy_pixels,
     depthwise_pixel,
     mul_bytes,
     pool_average,
@@ -198,13 +198,13 @@ def copy_part(row: int, first: int, last: int) -> None:
         if whole:
             copy_run(target, source, table, columns * pixel)
             continue
-        short = table == 0 and count % 16 == 0
+        repeat, by = get(s, 18), get(s, 11) * pixel
+        if table == 0:
+            for k in range(repeat):
+                copy_pixels(target + k * out_pixel, repeat * out_pixel, source, by, count, columns // repeat)
+            continue
         for j in range(columns):
-            at = source + j // get(s, 18) * get(s, 11) * pixel
-            if short:
-                copy16(target + j * out_pixel, at, count)
-            else:
-                copy_run(target + j * out_pixel, at, table, count)
+            copy_run(target + j * out_pixel, source + j // repeat * by, table, count)
 
 
 def fill_part(row: int) -> None:

@@ -250,3 +250,37 @@ def look_up(b: Build, target: Value, source: Value, table: Value, n: Value) -> N
 def copy16(b: Build, target: Value, source: Value, n: Value) -> None:
     """n bytes, rounded: reads and writes whole vectors."""
     _bytes(b, n, lambda i: _store(b, _load(b, b.add(source, i)), b.add(target, i)))
+
+
+@emit(_V(_A, _A, _A, _A, _A, _A))
+def copy_pixels(b: Build, target: Value, to: Value, source: Value, by: Value, n: Value, columns: Value) -> None:
+    """The first n bytes, and not one more, of pixels that are `by` bytes apart, to pixels that are `to` bytes apart."""
+
+    def run(kind: Any, size: int) -> None:
+        """In units of `size` bytes, the last of which overlaps the one before."""
+
+        def pixel(j: Value, _: Sequence[Value]) -> Sequence[Value]:
+            left, right = b.add(source, b.mul(j, by)), b.add(target, b.mul(j, to))
+
+            def unit(i: Value, _: Sequence[Value]) -> Sequence[Value]:
+                last = b.sub(n, I64(size))
+                place = b.select(b.icmp_signed("<", i, last), i, last)
+                _store(b, _load(b, b.add(left, place), kind), b.add(right, place))
+                return []
+
+            loop(b, I64(0), n, size, [], unit)
+            return []
+
+        loop(b, I64(0), columns, 1, [], pixel)
+
+    def choose(sizes: Sequence[tuple[Any, int]]) -> None:
+        kind, size = sizes[0]
+        if len(sizes) == 1:
+            return run(kind, size)
+        with b.if_else(b.icmp_signed(">=", n, I64(size))) as (fits, smaller):
+            with fits:
+                run(kind, size)
+            with smaller:
+                choose(sizes[1:])
+
+    choose([(_U8, LANES), (I64, 8), (I32, 4), (I8, 1)])

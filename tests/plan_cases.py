@@ -94,7 +94,7 @@ def add_conv(c: Case, x: int) -> int | None:
         k = [c.pick(3, 5)] * 2
     stride, dilation = [c.pick(1, 1, 2, 3), c.pick(1, 2)], [c.pick(1, 1, 2), c.pick(1, 1, 2)]
     if k[0] == k[1] and c.pick(0, 1):
-        stride, dilation = [stride[1]] * 2, [1, 1]
+        stride, dilation = [stride[1], c.pick(1, stride[1])], [1, 1]
     pads = [c.pick(0, 1, 2) for _ in range(4)]
     window = dict(zip(("kh", "kw", "sh", "sw", "dh", "dw", "pt", "pl", "pb", "pr"), [*k, *stride, *dilation, *pads], strict=True))
     free = [height + pads[0] + pads[2] - dilation[0] * (k[0] - 1) - 1, width + pads[1] + pads[3] - dilation[1] * (k[1] - 1) - 1]
