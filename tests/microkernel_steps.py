@@ -113,8 +113,9 @@ def _put_weights(ks: KernelSet, step: Step, w: Array, offsets: Array) -> None:
         step.put(layout.CONV_PANEL, ks.panel_bytes(groups))
         return
     most = len(offsets) * panels * windows.MOST_GROUPS
-    packed, entries, firsts = aligned(64 * most), np.zeros((most, 2), np.int32), np.zeros(panels + 1, np.int32)
-    addresses = (a.ctypes.data for a in (packed, entries, firsts))
+    packed, entries = aligned(64 * most), np.zeros((most, 2), np.int32)
+    firsts, room = np.zeros(panels * windows.SECTIONS + 1, np.int32), aligned(len(offsets) * windows.MATCHED)
+    addresses = (a.ctypes.data for a in (packed, entries, firsts, room))
     assert pack_windows()(w.ctypes.data, len(offsets), panels, *addresses) == firsts[-1]
     entries[:, 0] = offsets[entries[:, 0]]
     step.put(layout.CONV_K, entries)
