@@ -48,7 +48,7 @@ def axis(random: np.random.Generator, size: int, names: tuple[str, ...]) -> tupl
     if random.random() < 0.4:
         start, step = 0, 1
     most = -(-(size - start) // step)
-    count = int(random.choice([-1, random.integers(1, most + 1)]))
+    count = int(random.choice([-1, int(random.integers(1, most + 1))]))
     pads = [int(random.choice([0, 0, 1, 2])) for _ in range(2)]
     taken = most if count < 0 else count
     return dict(zip(names, (start, step, count, repeat, *pads), strict=True)), taken * repeat + sum(pads)
