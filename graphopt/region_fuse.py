@@ -1,7 +1,8 @@
-"""Finishes a plan: sums go into the convolution before them, and steps whose result nothing reads are left out."""
+"""Finishes a plan: sums go into the convolution before them, copies of copies become one, and what nothing reads is left out."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,9 @@ class Draft:
             self.fields[name] for name in ("x", "y", "residual") if self.fields.get(name, -1) >= 0 and name in p.SLOTS[self.kind]
         ]
 
+    def get(self, name: str) -> int:
+        return self.fields.get(name, p.DEFAULTS.get(name, -1))
+
     @property
     def out(self) -> int:
         return self.fields.get("out", -1)
@@ -46,7 +50,7 @@ def finish(
     `counts`: activations, outputs.
     """
     numbers = list(scales)
-    live = _live(_fused(_live(list(drafts)), tensors, numbers))
+    live = _live(_fused(_direct(_live(list(drafts)), tensors), tensors, numbers))
     used = sorted({t for d in live for t in (*d.reads(), d.out) if t >= 0})
     place = {t: i for i, t in enumerate(used)}
     read = {d.fields.get(n, -1) for d in live for n in CONSTANTS if n in p.SLOTS[d.kind]}
@@ -67,6 +71,43 @@ def _live(drafts: list[Draft]) -> list[Draft]:
             kept.append(draft)
             needed.update(draft.reads())
     return kept[::-1]
+
+
+def _direct(drafts: list[Draft], tensors: Sequence[p.Tensor]) -> list[Draft]:
+    """A copy that only one other copy reads becomes one with it: slices of slices, and what goes into a concat."""
+    readers = Counter(t for d in drafts for t in d.reads())
+    writers: dict[int, list[Draft]] = {}
+    for draft in drafts:
+        writers.setdefault(draft.out, []).append(draft)
+    gone: set[int] = set()
+    for draft in drafts:
+        if draft.kind != p.COPY:
+            continue
+        before = writers.get(draft.fields["x"], [])
+        if len(before) == 1 and before[0].kind == p.COPY and readers[before[0].out] == 1:
+            whole = before[0].get("offset") == 0 and before[0].get("count") == tensors[before[0].out].channels
+            if whole and before[0].get("table") < 0 and _joins(before[0], draft):
+                gone.add(id(before[0]))
+    return [d for d in drafts if id(d) not in gone]
+
+
+AXES = (("h0", "hs", "hn", "rh", "pt", "pb"), ("w0", "ws", "wn", "rw", "pl", "pr"))
+
+
+def _joins(first: Draft, second: Draft) -> bool:
+    """Turn the second of two copies into both of them; False where one copy cannot do it."""
+    joined = {"x": first.fields["x"], "c0": first.get("c0") + second.get("c0")}
+    for axis in AXES:
+        start, step, count, repeat, before, behind = (first.get(name) for name in axis)
+        start2, step2, count2, repeat2 = (second.get(name) for name in axis[:4])
+        sliced = (start2, step2, count2) != (0, 1, -1)
+        if before or behind or (sliced and repeat != 1):
+            return False
+        if count2 < 0 <= count:
+            count2 = -(-(count - start2) // step2)
+        joined |= dict(zip(axis, (start + start2 * step, step * step2, count2, repeat * repeat2), strict=False))
+    second.fields |= joined
+    return True
 
 
 def _fused(drafts: list[Draft], tensors: Sequence[p.Tensor], scales: list[float]) -> list[Draft]:

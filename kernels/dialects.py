@@ -191,15 +191,26 @@ class Windows(X86):
         """The operand of `pick` from four indices."""
         return b.bitcast(splat(b, dword, self.lanes), self.i8)
 
-    def pick(self, b: Builder, address: Value, indices: Value) -> Value:
-        """Four bytes of the 16 at an address, in every lane."""
-        window = load(b, address, vector(I8, 16))
-        return call(b, "llvm.x86.avx2.pshuf.b", self.i8, [concat(b, [window, window]), indices])
+    def unknown(self, b: Builder, address: Value) -> Value:
+        """The same address, but LLVM does not know that: what is loaded from it is loaded again."""
+        return b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [address], side_effect=True)
 
-    def dot_safe(self, b: Builder, acc: Value, x: Value, w: Value) -> Value:
-        """acc + four products in each lane, of weights that cannot saturate."""
-        products = call(b, "llvm.x86.avx2.pmadd.ub.sw", self.i16, [x, w])
-        return b.add(acc, self.special(b, "pmaddwd", self.i32, products, const(1, self.i16)))
+    def window(self, b: Builder, address: Value) -> Value:
+        """The 16 bytes at an address, in both halves of a vector."""
+        half = load(b, address, vector(I8, 16))
+        return concat(b, [half, half])
+
+    def pick(self, b: Builder, window: Value, indices: Value) -> Value:
+        """Four bytes of a window, in every lane."""
+        return call(b, "llvm.x86.avx2.pshuf.b", self.i8, [window, indices])
+
+    def products(self, b: Builder, x: Value, w: Value) -> Value:
+        """int16: sums of two products."""
+        return call(b, "llvm.x86.avx2.pmadd.ub.sw", self.i16, [x, w])
+
+    def widened(self, b: Builder, acc: Value, sums: Value) -> Value:
+        """acc + two int16 in each lane."""
+        return b.add(acc, self.special(b, "pmaddwd", self.i32, sums, const(1, self.i16)))
 
 
 class Quads(Dialect):

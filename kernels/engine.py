@@ -76,7 +76,9 @@ from graphopt.kernels.engine_state import (
 )
 from graphopt.kernels.exports import Export
 from graphopt.kernels.externs import extern, link
+from graphopt.kernels.isa import RUNGS
 from graphopt.kernels.memory import copy, fill, free, malloc, text
+from graphopt.kernels.micro_table import look_up
 from graphopt.kernels.microkernels import kernels
 from graphopt.kernels.plan import HEADER, MAGIC, MAX_CHANNELS, STEP, TENSOR, VERSION
 from graphopt.kernels.region import Engine
@@ -356,6 +358,7 @@ def _rung(isa: str) -> tuple[list[Export], dict[str, Any]]:
         parts.append(Export(f"gk_{name}__{isa}", getattr(found, name).py_func, count, name.startswith("pack")))
     scope = {**common()[1], **sizes, "BODY": f"gk_rows_body__{isa}"}
     scope |= {name: extern(f"gk_{name}__{isa}", 3, True) for name in ("conv", "gemv", "depthwise")}
+    scope["look_up"] = look_up(RUNGS[isa])
     scope["conv_amx"] = extern(f"gk_conv_amx__{isa}", 4, True)
     exports, externs = link([*engine_edges.TEMPLATES, *engine_run.TEMPLATES, create], f"__{isa}", scope)
     return [*parts, *exports], {**common()[1], **externs}

@@ -35,7 +35,7 @@ from graphopt.kernels.engine_state import (
 )
 from graphopt.kernels.memory import copy, fill, free, ldf, lds8, malloc, st32, stf, stu8
 from graphopt.kernels.plan import CONV, IOHW, KN
-from graphopt.kernels.windows import MOST_GROUPS, WINDOW, pack_windows
+from graphopt.kernels.windows import MATCHED, MOST_GROUPS, SECTIONS, WINDOW, pack_windows
 from graphopt.kernels.windows import TEMPLATES as WINDOWS
 
 # a packed convolution: how it runs, and one part for each group and each phase of a transposed one
@@ -57,7 +57,7 @@ S_OFFSETS = 6  # int32 [groups][3]: rows, columns and bytes to go for each group
 S_PHASE_Y, S_PHASE_X = 7, 8
 S_FIRST_IN, S_FIRST_OUT, S_CHANNELS = 9, 10, 11  # channel ranges of a group
 S_BIAS = 12  # float32 [panels * 16], or 0
-S_FIRSTS = 17  # windows: int32 [panels + 1]; S_ENTRIES: int32 [groups][2]; S_OFFSETS is of windows then
+S_FIRSTS = 17  # windows: int32 [panels * SECTIONS + 1]; S_ENTRIES: int32 [groups][2]; S_OFFSETS is of windows then
 S_ENTRIES = 18
 S_TILE_WEIGHTS, S_TILE_PANEL, S_TILE_GROUPS, S_TILE_OFFSETS = 13, 14, 15, 16  # the same for tiles (AMX), 0 groups: not used
 PART = 20
@@ -172,16 +172,16 @@ def pack_part_windows(handle: int, s: int, part: int, per: int, outs: int, fused
     count = max(1, list_groups(handle, s, part, 0, 0, 0, WINDOW, fused, per, outs))
     panels = (get(part, S_CHANNELS) + 15) // 16
     width, most = count * WINDOW, count * MOST_GROUPS * panels
-    offsets, entries, firsts = own(handle, count * 12), own(handle, most * 8), own(handle, 4 * panels + 4)
+    offsets, entries, firsts = own(handle, count * 12), own(handle, most * 8), own(handle, 4 * SECTIONS * panels + 4)
     weights = own(handle, most * 64 + 256)
-    wk = malloc(panels * 16 * width + 64)
+    wk = malloc(panels * 16 * width + 64 + count * MATCHED)
     if wk == 0 or offsets == 0 or entries == 0 or firsts == 0 or weights == 0:
         free(wk)
         return 0
     fill(wk, 0, panels * 16 * width)
     fill(offsets, 0, count * 12)
     list_groups(handle, s, part, offsets, wk, width, WINDOW, fused, per, outs)
-    put(part, S_GROUPS, pack_windows(wk, count, panels, weights, entries, firsts))
+    put(part, S_GROUPS, pack_windows(wk, count, panels, weights, entries, firsts, wk + panels * 16 * width))
     put(part, S_WEIGHTS, weights)
     put(part, S_PANELS, panels)
     put(part, S_OFFSETS, offsets)
@@ -308,8 +308,9 @@ def depthwise_variant(handle: int, s: int, per: int, outs: int) -> int:
     if get(s, 17) == 1 or per != 1 or outs != get(s, 17) or get(s, 18) == IOHW or get(s, 2) >= 0 or get(x, T_PITCH) < 16:
         return DENSE
     k, stride = get(s, 7), get(s, 9)
-    square = get(s, 8) == k and get(s, 10) == stride and get(s, 11) == 1 and get(s, 12) == 1
-    if square and (k == 3 or k == 5) and (stride == 1 or stride == 2):
+    square = get(s, 8) == k and get(s, 11) == 1 and get(s, 12) == 1
+    steps = (get(s, 10) == stride or get(s, 10) == 1) and (stride == 1 or stride == 2)  # both alike, or by rows only
+    if square and (k == 3 or k == 5) and steps:
         return DEPTHWISE_FAST
     return DEPTHWISE_ANY
 

@@ -65,6 +65,7 @@ from graphopt.kernels.engine_state import (
     tensor_at,
 )
 from graphopt.kernels.layout import (
+    DW_ACROSS,
     DW_C,
     DW_COMP,
     DW_HIGH,
@@ -154,6 +155,7 @@ def depthwise_row(handle: int, instance: int, s: int, packed: int) -> int:
         put(row, DW_SCALE, get(packed, P_SCALE))
         put(row, DW_KERNEL, get(s, 7))
         put(row, DW_STRIDE, get(s, 9))
+        put(row, DW_ACROSS, get(s, 10))
         put(row, ROW_WORK, work // 10)
         put(row, ROW_UNITS, (get(out, B_W) * pitch + get(handle, H_CHUNK) - 1) // get(handle, H_CHUNK))
         return 1

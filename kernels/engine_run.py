@@ -27,9 +27,18 @@ from graphopt.kernels.engine_conv import (
 from graphopt.kernels.engine_edges import edge_part
 from graphopt.kernels.engine_state import I_BATCH, I_COUNT, I_ROWS, R_DATA, TENSOR_RECORD, get, put
 from graphopt.kernels.layout import (
+    CONV_BIAS,
+    CONV_CHANNELS,
+    CONV_COMP,
+    CONV_FIRSTS,
     CONV_M,
+    CONV_MODE,
     CONV_OUTPUT,
+    CONV_PANEL,
     CONV_PANELS,
+    CONV_RESIDUAL,
+    CONV_SCALE,
+    CONV_WEIGHTS,
     DW_C,
     DW_COMP,
     DW_HIGH,
@@ -44,6 +53,7 @@ from graphopt.kernels.layout import (
     DW_STRIDE,
     DW_WEIGHTS,
     DW_ZERO,
+    MODE_F32,
     PIXELS,
     ROW,
 )
@@ -52,14 +62,14 @@ from graphopt.kernels.memory import fill, ldf, ldu8, stu8, to_float
 from graphopt.kernels.plan import ADD, GLOBAL_POOL, MAX_POOL
 from graphopt.kernels.vector_steps import (
     add_bytes,
-    copy16,
+    copy_pixels,
     depthwise_pixel,
-    look_up,
     mul_bytes,
     pool_average,
     pool_global,
     pool_max,
 )
+from graphopt.kernels.windows import SECTIONS
 
 SMALL = 20_000  # nanoseconds of work that are not worth a second thread
 PART_NS = 10_000  # of work that a part should have
@@ -70,6 +80,7 @@ conv: Any = None
 gemv: Any = None
 conv_amx: Any = None
 depthwise: Any = None
+look_up: Any = None
 TILES = False
 BODY = ""
 
@@ -198,13 +209,13 @@ def copy_part(row: int, first: int, last: int) -> None:
         if whole:
             copy_run(target, source, table, columns * pixel)
             continue
-        short = table == 0 and count % 16 == 0
+        repeat, by = get(s, 18), get(s, 11) * pixel
+        if table == 0:
+            for k in range(repeat):
+                copy_pixels(target + k * out_pixel, repeat * out_pixel, source, by, count, columns // repeat)
+            continue
         for j in range(columns):
-            at = source + j // get(s, 18) * get(s, 11) * pixel
-            if short:
-                copy16(target + j * out_pixel, at, count)
-            else:
-                copy_run(target + j * out_pixel, at, table, count)
+            copy_run(target + j * out_pixel, source + j // repeat * by, table, count)
 
 
 def fill_part(row: int) -> None:
@@ -241,20 +252,39 @@ def run_part(row: int, memory: int, first: int, last: int) -> None:
         fill_part(row)
 
 
+def conv_panels(row: int, first: int, last: int) -> None:
+    """Panels [first, last) of a dense convolution, all pixels: a row of its own, whose first panel is `first`."""
+    if get(row, CONV_M) == 1:
+        gemv(row, first, last)
+        return
+    own = stack64(32)  # ROW
+    copy_bytes(own, row, 8 * ROW)
+    put(own, CONV_PANELS, last - first)
+    put(own, CONV_CHANNELS, get(row, CONV_CHANNELS) - 16 * first)
+    put(own, CONV_WEIGHTS, get(row, CONV_WEIGHTS) + first * get(row, CONV_PANEL))
+    put(own, CONV_FIRSTS, get(row, CONV_FIRSTS) + 4 * SECTIONS * first)
+    put(own, CONV_OUTPUT, get(row, CONV_OUTPUT) + first * (64 if get(row, CONV_MODE) == MODE_F32 else 16))
+    put(own, CONV_RESIDUAL, get(row, CONV_RESIDUAL) + 16 * first)
+    put(own, CONV_COMP, get(row, CONV_COMP) + 64 * first)
+    put(own, CONV_SCALE, get(row, CONV_SCALE) + 64 * first)
+    put(own, CONV_BIAS, get(row, CONV_BIAS) + 64 * first)
+    conv(own, 0, get(row, CONV_M))
+
+
 def rows_body(usr: int, i: int) -> None:
-    """What one thread does: part i of `usr`: row, memory, units, parts; a product of one pixel is cut by channels."""
+    """What one thread does: part i of `usr`: row, memory, units, parts, and whether it is cut by channels."""
     row, units, parts = get(usr, 0), get(usr, 2), get(usr, 3)
     first, last = units * i // parts, units * (i + 1) // parts
     if get(usr, 4) == 1:
-        gemv(row, first, last)
+        conv_panels(row, first, last)
     else:
         run_part(row, get(usr, 1), first, last)
 
 
 def run_row(row: int, memory: int, par: int) -> None:
-    """One row, on several threads where it is worth it."""
+    """One row, on several threads where it is worth it: cut by lines or pixels, or by channels where there are few pixels."""
     units, work = get(row, ROW_UNITS), get(row, ROW_WORK)
-    narrow = get(row, 0) == RUN_CONV and get(row, CONV_M) == 1
+    narrow = get(row, 0) == RUN_CONV and units < MAX_PARTS and units < get(row, CONV_PANELS)
     if narrow:
         units = get(row, CONV_PANELS)
     if par == 0 or work < SMALL or units < 2:
@@ -292,5 +322,6 @@ def run(instance: int, inputs: int, outputs: int, par: int) -> int:
 
 TEMPLATES = (
     border_part, any_depthwise_part, window_start,
-    window_count, pool_part, binary_bytes, binary_part, copy_run, copy_part, fill_part, run_part, rows_body, run_row, run,
+    window_count, pool_part, binary_bytes, binary_part, copy_run, copy_part, fill_part, run_part,
+    conv_panels, rows_body, run_row, run,
 )  # fmt: skip

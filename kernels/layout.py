@@ -37,7 +37,7 @@ CONV_CHANNELS = 22  # real output channels (float output writes no more than the
 CONV_ROW_PITCH = 23  # AMX: bytes between the input pixels of one tile row
 CONV_TILES = 24  # AMX: int32 [pairs * 2]: base offset of each tile of 16 pixels
 CONV_SCRATCH = 25  # AMX: 64-byte aligned scratch of the executing thread: 3 * 4096 bytes
-CONV_FIRSTS = 26  # windows: int32 [panels + 1], the first group of each panel; CONV_K is int32 [groups][2]: offset, indices
+CONV_FIRSTS = 26  # windows: int32 [panels * 3 + 1], the first group of each section; CONV_K is int32 [groups][2]: offset, indices
 
 MODE_U8 = 0  # u8 output
 MODE_SUM = 1  # u8 output after a residual sum
@@ -56,6 +56,7 @@ DW_COMP = 9
 DW_SCALE = 10
 DW_ZERO = 11
 DW_KERNEL = 12  # 3 or 5
-DW_STRIDE = 13  # 1 or 2
+DW_STRIDE = 13  # 1 or 2, of rows
 DW_LOW = 14
 DW_HIGH = 15
+DW_ACROSS = 16  # stride of columns: 1, or as that of rows

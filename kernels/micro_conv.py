@@ -30,6 +30,7 @@ from graphopt.kernels.vectors import (
     store,
     vector,
 )
+from graphopt.kernels.windows import SECTIONS
 
 Accumulator = Callable[[int, int], Value]  # (pixel, vector) -> int32 [lanes]
 
@@ -179,25 +180,36 @@ def _accumulate(b: Builder, tile: Tile, pixel: Value, panels: int) -> list[Value
 
 
 def _accumulate_windows(b: Builder, tile: Tile, d: Windows, pixel: Value) -> list[Value]:
-    """As `_accumulate`, of one panel (or its first half), whose groups are its own."""
+    """As `_accumulate`, of one panel (or its first half), whose groups are its own and come in sections (windows.py)."""
     table = scaled(b, tile.field(b, layout.CONV_PIXELS), pixel, 4)
     base = tile.field(b, layout.CONV_INPUT)
     inputs = [b.add(base, load_index(b, table, 4 * r)) for r in range(tile.pixels)]
     weights, entries = tile.field(b, layout.CONV_WEIGHTS), tile.field(b, layout.CONV_K)
-    firsts = scaled(b, tile.field(b, layout.CONV_FIRSTS), tile.panel, 4)
-    comp = tile.channels(b, layout.CONV_COMP, d.i32)
+    firsts = scaled(b, tile.field(b, layout.CONV_FIRSTS), tile.panel, 4 * SECTIONS)
 
-    def body(group: Value, acc: list[Value]) -> list[Value]:
-        entry, at = scaled(b, entries, group, 8), scaled(b, weights, group, 64)
-        offset, indices = load_index(b, entry), d.indices(b, load(b, entry, I32, 4))
-        w = [load(b, at, d.i8, 4 * d.lanes * j) for j in range(tile.vectors)]
-        for r, address in enumerate(inputs):
-            x = d.pick(b, b.add(address, offset), indices)
-            for j in range(tile.vectors):
-                acc[r * tile.vectors + j] = d.dot_safe(b, acc[r * tile.vectors + j], x, w[j])
-        return acc
+    def section(groups: int, chained: bool) -> Callable[[Value, list[Value]], list[Value]]:
+        def body(group: Value, acc: list[Value]) -> list[Value]:
+            entry, at = scaled(b, entries, group, 8), scaled(b, weights, group, 64)
+            offset = load_index(b, entry)
+            indices = [d.indices(b, load(b, entry, I32, 8 * k + 4)) for k in range(groups)]
+            for r, address in enumerate(inputs):
+                # Zen 3 takes four vector instructions a cycle, loads by themselves among them: weights are operands in memory
+                at = d.unknown(b, at) if groups > 1 else at
+                window = d.window(b, b.add(address, offset))
+                x = [d.pick(b, window, index) for index in indices]
+                for j in range(tile.vectors):
+                    products = [d.products(b, x[k], load(b, at, d.i8, 64 * k + 4 * d.lanes * j)) for k in range(groups)]
+                    for product in [b.add(*products)] if chained else products:
+                        acc[r * tile.vectors + j] = d.widened(b, acc[r * tile.vectors + j], product)
+            return acc
 
-    return loop(b, load_index(b, firsts), load_index(b, firsts, 4), 1, comp * tile.pixels, body)
+        return body
+
+    acc = tile.channels(b, layout.CONV_COMP, d.i32) * tile.pixels
+    limits = [load_index(b, firsts, 4 * k) for k in range(SECTIONS + 1)]
+    for k, (groups, chained) in enumerate(((2, True), (2, False), (1, False))):
+        acc = loop(b, limits[k], limits[k + 1], groups, acc, section(groups, chained))
+    return acc
 
 
 def conv_tiles(d: Dialect, pixels: int, panels: int, half: bool = False) -> Any:

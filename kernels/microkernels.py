@@ -13,7 +13,18 @@ from typing import Any, NamedTuple
 from graphopt.kernels import layout, micro_tiles, packing
 from graphopt.kernels.dialects import dialect
 from graphopt.kernels.isa import RUNGS, Isa
-from graphopt.kernels.layout import CONV_BLOCK, CONV_CHANNELS, CONV_M, CONV_PANELS, DW_C, DW_INPUT, DW_KERNEL, DW_OW, DW_STRIDE
+from graphopt.kernels.layout import (
+    CONV_BLOCK,
+    CONV_CHANNELS,
+    CONV_M,
+    CONV_PANELS,
+    DW_ACROSS,
+    DW_C,
+    DW_INPUT,
+    DW_KERNEL,
+    DW_OW,
+    DW_STRIDE,
+)
 from graphopt.kernels.memory import ld64
 from graphopt.kernels.micro_conv import conv_tiles
 from graphopt.kernels.micro_depthwise import depthwise_chunk
@@ -145,19 +156,19 @@ def conv_amx(S: int, t0: int, t1: int, scratch: int) -> None:
 def depthwise(S: int, c0: int, c1: int) -> None:
     """Chunks [c0, c1) of the flat output row, all rows; the last chunk ends where the row does."""
     start, channels, stride = ld64(S + 8 * DW_INPUT), ld64(S + 8 * DW_C), ld64(S + 8 * DW_STRIDE)
-    five = ld64(S + 8 * DW_KERNEL) == 5
+    five, wide = ld64(S + 8 * DW_KERNEL) == 5, ld64(S + 8 * DW_ACROSS) > 1
     last = ld64(S + 8 * DW_OW) * channels - CHUNK
     for chunk in range(c0, c1):
         o = min(chunk * CHUNK, last)
+        # in strides of 2 output pixel x starts at 2 x pixels of the input: x * channels bytes further than in the output
+        a0 = start + o + (o // channels * channels if wide else 0)
         if stride == 1:
             if five:
-                dw51(S, o, start + o, 0, 0, 0)
+                dw51(S, o, a0, 0, 0, 0)
             else:
-                dw31(S, o, start + o, 0, 0, 0)
+                dw31(S, o, a0, 0, 0, 0)
             continue
-        # output pixel x starts at 2 x pixels of the input: x * channels bytes further than in the output
-        a0 = start + o + o // channels * channels
-        if channels % CHUNK == 0:
+        if not wide or channels % CHUNK == 0:
             if five:
                 dw52(S, o, a0, 0, 0, 0)
             else:

@@ -55,10 +55,10 @@ def dense(x: np.ndarray, w: np.ndarray, comp: np.ndarray) -> np.ndarray:
     return (comp + x.astype(np.int64) @ w.astype(np.int64).T).astype(np.int32)
 
 
-def depthwise(x: np.ndarray, w: np.ndarray, comp: np.ndarray, stride: int) -> np.ndarray:
+def depthwise(x: np.ndarray, w: np.ndarray, comp: np.ndarray, strides: tuple[int, int]) -> np.ndarray:
     """int32 [OH, OW, C] = comp [C] + windows of u8 [H, W, C] (padded already) times s8 [C, k, k]."""
     k = w.shape[1]
-    windows = np.lib.stride_tricks.sliding_window_view(x.astype(np.int32), (k, k), (0, 1))[::stride, ::stride]
+    windows = np.lib.stride_tricks.sliding_window_view(x.astype(np.int32), (k, k), (0, 1))[:: strides[0], :: strides[1]]
     return comp + np.einsum("hwckl,ckl->hwc", windows, w.astype(np.int32), dtype=np.int32)
 
 

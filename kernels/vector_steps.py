@@ -62,7 +62,7 @@ def _floats(b: Build, value: Value) -> Value:
     return b.uitofp(value, _FLT)
 
 
-def _quantised(b: Build, address: Value, scale: Value, zero: Value) -> Value:
+def quantised(b: Build, address: Value, scale: Value, zero: Value) -> Value:
     """16 floats -> int32 lanes in 0..255. Clamped before the conversion: infinities saturate; NaN becomes 0."""
     value = b.fdiv(_load(b, address, _FLT), scale)
     value = _binary(b, "maxnum.v16f32", value, ir.Constant(_FLT, [-1024.0] * LANES))
@@ -75,36 +75,21 @@ def _quantised(b: Build, address: Value, scale: Value, zero: Value) -> Value:
 @emit(_V(_A, _A, _F, _A))
 def quantise16(b: Build, target: Value, source: Value, scale: Value, zero: Value) -> None:
     """16 contiguous floats to 16 contiguous bytes."""
-    value = _quantised(b, source, splat(b, scale), splat(b, b.trunc(zero, I32)))
+    value = quantised(b, source, splat(b, scale), splat(b, b.trunc(zero, I32)))
     _store(b, b.trunc(value, _U8), target)
 
 
-@emit(_V(_A, _A, _A, _A, _A, _F, _A, _A))
-def quantise_planes(
-    b: Build, target: Value, pitch: Value, source: Value, plane: Value, planes: Value, scale: Value, zero: Value, groups: Value
-) -> None:
-    """16 pixels of `groups` groups of 4 channel planes, `plane` bytes apart: group g goes to bytes 4g..4g+3 of each pixel.
-
-    Planes past `planes` are read as the last one.
-    """
+@emit(_V(_A, _A, _A, _A, _F, _A))
+def quantise_planes(b: Build, target: Value, source: Value, plane: Value, planes: Value, scale: Value, zero: Value) -> None:
+    """16 pixels of up to 4 channel planes, `plane` bytes apart, to pixels of 4 bytes; past `planes` the last one is read."""
     divisor, offset = splat(b, scale), splat(b, b.trunc(zero, I32))
     last = b.sub(planes, I64(1))
-
-    def group(g: Value, _: Sequence[Value]) -> Sequence[Value]:
-        word: Value | None = None
-        for k in range(4):
-            index = b.add(b.mul(g, I64(4)), I64(k))
-            index = b.select(b.icmp_signed("<", index, last), index, last)
-            value = _quantised(b, b.add(source, b.mul(index, plane)), divisor, offset)
-            value = b.shl(value, ir.Constant(_S32, [8 * k] * LANES)) if k else value
-            word = value if word is None else b.or_(word, value)
-        assert word is not None
-        address = b.add(target, b.mul(g, I64(4)))
-        for lane in range(LANES):
-            b.store(b.extract_element(word, I32(lane)), at(b, b.add(address, b.mul(pitch, I64(lane))), I32), align=1)
-        return []
-
-    loop(b, I64(0), groups, 1, [], group)
+    word: Value = ir.Constant(_S32, [0] * LANES)
+    for k in range(4):
+        index = b.select(b.icmp_signed("<", I64(k), last), I64(k), last)
+        value = quantised(b, b.add(source, b.mul(index, plane)), divisor, offset)
+        word = b.or_(word, b.shl(value, ir.Constant(_S32, [8 * k] * LANES)))
+    b.store(word, at(b, target, _S32), align=1)
 
 
 @emit(_V(_A, _A, _F, _A))
@@ -112,20 +97,6 @@ def dequantise16(b: Build, target: Value, source: Value, scale: Value, zero: Val
     """16 contiguous bytes to 16 contiguous floats."""
     value = b.sub(_wide(b, _load(b, source)), splat(b, b.trunc(zero, I32)))
     _store(b, b.fmul(b.sitofp(value, _FLT), splat(b, scale)), target)
-
-
-@emit(_V(_A, _A, _A, _A, _F, _A))
-def dequantise_planes(b: Build, target: Value, plane: Value, source: Value, pitch: Value, scale: Value, zero: Value) -> None:
-    """4 channels of 16 pixels to 16 floats in each of 4 planes, `plane` bytes apart."""
-    word: Value = ir.Constant(_S32, ir.Undefined)
-    for lane in range(LANES):
-        value = b.load(at(b, b.add(source, b.mul(pitch, I64(lane))), I32), align=1)
-        word = b.insert_element(word, value, I32(lane))
-    factor, offset = splat(b, scale), splat(b, b.trunc(zero, I32))
-    for k in range(4):
-        value = b.lshr(word, ir.Constant(_S32, [8 * k] * LANES)) if k else word
-        value = b.sub(b.and_(value, ir.Constant(_S32, [255] * LANES)), offset)
-        _store(b, b.fmul(b.sitofp(value, _FLT), factor), b.add(target, b.mul(plane, I64(k))))
 
 
 def _bytes(b: Build, n: Value, body: Callable[[Value], None]) -> None:
@@ -279,3 +250,37 @@ def look_up(b: Build, target: Value, source: Value, table: Value, n: Value) -> N
 def copy16(b: Build, target: Value, source: Value, n: Value) -> None:
     """n bytes, rounded: reads and writes whole vectors."""
     _bytes(b, n, lambda i: _store(b, _load(b, b.add(source, i)), b.add(target, i)))
+
+
+@emit(_V(_A, _A, _A, _A, _A, _A))
+def copy_pixels(b: Build, target: Value, to: Value, source: Value, by: Value, n: Value, columns: Value) -> None:
+    """The first n bytes, and not one more, of pixels that are `by` bytes apart, to pixels that are `to` bytes apart."""
+
+    def run(kind: Any, size: int) -> None:
+        """In units of `size` bytes, the last of which overlaps the one before."""
+
+        def pixel(j: Value, _: Sequence[Value]) -> Sequence[Value]:
+            left, right = b.add(source, b.mul(j, by)), b.add(target, b.mul(j, to))
+
+            def unit(i: Value, _: Sequence[Value]) -> Sequence[Value]:
+                last = b.sub(n, I64(size))
+                place = b.select(b.icmp_signed("<", i, last), i, last)
+                _store(b, _load(b, b.add(left, place), kind), b.add(right, place))
+                return []
+
+            loop(b, I64(0), n, size, [], unit)
+            return []
+
+        loop(b, I64(0), columns, 1, [], pixel)
+
+    def choose(sizes: Sequence[tuple[Any, int]]) -> None:
+        kind, size = sizes[0]
+        if len(sizes) == 1:
+            return run(kind, size)
+        with b.if_else(b.icmp_signed(">=", n, I64(size))) as (fits, smaller):
+            with fits:
+                run(kind, size)
+            with smaller:
+                choose(sizes[1:])
+
+    choose([(_U8, LANES), (I64, 8), (I32, 4), (I8, 1)])

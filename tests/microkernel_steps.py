@@ -113,8 +113,9 @@ def _put_weights(ks: KernelSet, step: Step, w: Array, offsets: Array) -> None:
         step.put(layout.CONV_PANEL, ks.panel_bytes(groups))
         return
     most = len(offsets) * panels * windows.MOST_GROUPS
-    packed, entries, firsts = aligned(64 * most), np.zeros((most, 2), np.int32), np.zeros(panels + 1, np.int32)
-    addresses = (a.ctypes.data for a in (packed, entries, firsts))
+    packed, entries = aligned(64 * most), np.zeros((most, 2), np.int32)
+    firsts, room = np.zeros(panels * windows.SECTIONS + 1, np.int32), aligned(len(offsets) * windows.MATCHED)
+    addresses = (a.ctypes.data for a in (packed, entries, firsts, room))
     assert pack_windows()(w.ctypes.data, len(offsets), panels, *addresses) == firsts[-1]
     entries[:, 0] = offsets[entries[:, 0]]
     step.put(layout.CONV_K, entries)
@@ -205,11 +206,11 @@ def _execute(ks: KernelSet, step: Step, case: Dense, tiles: bool, split: int) ->
 
 
 def run_depthwise(
-    rung: str, c: int, kernel: int, stride: int, oh: int, ow: int, seed: int = 0, bounds: tuple[int, int] = (0, 255)
+    rung: str, c: int, kernel: int, strides: tuple[int, int], oh: int, ow: int, seed: int = 0, bounds: tuple[int, int] = (0, 255)
 ) -> tuple[Array, Array]:
     """(what the kernel wrote, what it should have): u8 [OH, OW, C]."""
     ks, step, rng = kernels(rung), Step(), np.random.default_rng(seed)
-    h, wide = (oh - 1) * stride + kernel, (ow - 1) * stride + kernel
+    h, wide = (oh - 1) * strides[0] + kernel, (ow - 1) * strides[1] + kernel
     x = rng.integers(0, 256, (h, wide, c)).astype(np.uint8)
     w = rng.integers(-128, 128, (c, kernel, kernel)).astype(np.int8)
     bias = rng.integers(-5000, 5000, c).astype(np.int32)
@@ -238,7 +239,8 @@ def run_depthwise(
         (layout.DW_SCALE, channels[1]),
         (layout.DW_ZERO, zero),
         (layout.DW_KERNEL, kernel),
-        (layout.DW_STRIDE, stride),
+        (layout.DW_STRIDE, strides[0]),
+        (layout.DW_ACROSS, strides[1]),
         (layout.DW_LOW, bounds[0]),
         (layout.DW_HIGH, bounds[1]),
     ):
@@ -247,5 +249,5 @@ def run_depthwise(
     ks.depthwise(step.address, 0, chunks // 2)
     ks.depthwise(step.address, chunks // 2, chunks)
     assert (out[:, ow * c :] == 99).all(), "wrote behind the row"
-    acc = reference.depthwise(x, w, bias, stride)
+    acc = reference.depthwise(x, w, bias, strides)
     return out[:, : ow * c].reshape(oh, ow, c), np.clip(reference.requantise(acc, scale, zero), *bounds)

@@ -94,7 +94,7 @@ def add_conv(c: Case, x: int) -> int | None:
         k = [c.pick(3, 5)] * 2
     stride, dilation = [c.pick(1, 1, 2, 3), c.pick(1, 2)], [c.pick(1, 1, 2), c.pick(1, 1, 2)]
     if k[0] == k[1] and c.pick(0, 1):
-        stride, dilation = [stride[1]] * 2, [1, 1]
+        stride, dilation = [stride[1], c.pick(1, stride[1])], [1, 1]
     pads = [c.pick(0, 1, 2) for _ in range(4)]
     window = dict(zip(("kh", "kw", "sh", "sw", "dh", "dw", "pt", "pl", "pb", "pr"), [*k, *stride, *dilation, *pads], strict=True))
     free = [height + pads[0] + pads[2] - dilation[0] * (k[0] - 1) - 1, width + pads[1] + pads[3] - dilation[1] * (k[1] - 1) - 1]
@@ -251,4 +251,18 @@ def rows(seed: int) -> tuple[p.Plan, list[Array], list[Array]]:
         out = c.tensor(n, (1, c.batch * m))
         c.step(p.CONV, x=x, out=out, order=p.KN, mid_zero=c.tensors[out].zero, **more)
         add_output(c, out, p.ROWS)
+    return c.plan(), c.constants, c.inputs
+
+
+def edges(seed: int) -> tuple[p.Plan, list[Array], list[Array]]:
+    """One image in and out in any type and layout, as wide or narrow as it may be, through a table on the way."""
+    rng = np.random.default_rng(seed)
+    c = Case(rng, batch=int(rng.integers(1, 3)))
+    layouts = (p.CHANNELS_FIRST, p.CHANNELS_LAST)
+    size = c.pick(1, 1, 2, 4), c.pick(1, 2, 7, 15, 16, 17, 31, 40, 130)
+    x = add_input(c, c.pick(1, 2, 3, 4, 5, 16, 17, 33, 48), size, layouts[c.pick(0, 1)])
+    out = c.tensor(c.tensors[x].channels, size)
+    c.step(p.COPY, x=x, out=out, count=c.tensors[x].channels, table=c.constant(rng.integers(0, 256, 256).astype(np.uint8)))
+    for t in (x, out):
+        add_output(c, t, layouts[c.pick(0, 1)])
     return c.plan(), c.constants, c.inputs

@@ -46,6 +46,13 @@ def test_products_of_rows_are_bit_exact(rung: str, seed: int) -> None:
     check(rung, *plan_cases.rows(seed))
 
 
+@pytest.mark.parametrize("rung", RUNGS)
+@given(seed=st.integers(0, 100_000))
+@settings(max_examples=40, deadline=None)
+def test_edges_and_tables_are_bit_exact(rung: str, seed: int) -> None:
+    check(rung, *plan_cases.edges(seed))
+
+
 def conv(size: int = 3, channels: int = 5) -> tuple[p.Plan, list[np.ndarray]]:
     rng = np.random.default_rng(0)
     steps = [

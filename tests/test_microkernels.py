@@ -62,17 +62,17 @@ def test_tiles(rung: str, case: Dense, split: int) -> None:
 @given(
     groups=st.integers(1, 9),
     kernel=st.sampled_from([3, 5]),
-    stride=st.sampled_from([1, 2]),
+    strides=st.sampled_from([(1, 1), (2, 2), (2, 1)]),
     size=st.tuples(st.integers(1, 6), st.integers(1, 9)),
     bounds=st.sampled_from([(0, 255), (7, 200)]),
     seed=st.integers(0, 99),
 )
 @CASES
 def test_depthwise(
-    rung: str, groups: int, kernel: int, stride: int, size: tuple[int, int], bounds: tuple[int, int], seed: int
+    rung: str, groups: int, kernel: int, strides: tuple[int, int], size: tuple[int, int], bounds: tuple[int, int], seed: int
 ) -> None:
     width = max(size[1], -(-RUNGS[rung].chunk // (groups * 16)))  # a row must fill a chunk
-    got, wanted = run_depthwise(rung, groups * 16, kernel, stride, size[0], width, seed, bounds)
+    got, wanted = run_depthwise(rung, groups * 16, kernel, strides, size[0], width, seed, bounds)
     np.testing.assert_array_equal(got, wanted)
 
 
@@ -97,7 +97,7 @@ LOAD = """
 from graphopt.kernels.isa import detect
 from graphopt.kernels.microkernels import kernels
 from microkernel_steps import Dense, run_dense, run_depthwise
-run_dense(detect(), Dense(5, 8, 16)); run_depthwise(detect(), 64, 3, 1, 2, 2)
+run_dense(detect(), Dense(5, 8, 16)); run_depthwise(detect(), 64, 3, (1, 1), 2, 2)
 for f in (kernels(detect()).conv, kernels(detect()).depthwise, kernels(detect()).pack_channels):
     print(sum(f.stats.cache_hits.values()), sum(f.stats.cache_misses.values()))
 """
