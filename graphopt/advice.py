@@ -145,9 +145,9 @@ def _situation(case: Case, feed: Feed, latency: float, warnings: list[str]) -> S
     case.progress("profile", 0, 0)
     try:
         path = saved(case, case.folded, "profiled", "").path
-        runs = int(min(60, max(4, 1.0 / latency)))
+        runs = int(min(60, max(4, 0.5 / latency)))
         case.profile = audit(path, base=False, data=feed, runs=runs).nodes
-        return situation(case.folded, case.profile, machine(), 1e3 * latency)
+        return situation(case.folded, case.profile, machine(), 1e3 * latency, feed)
     except GraphoptError as error:
         warnings.append(f"the model was not profiled: {error}")
         return None
@@ -158,7 +158,7 @@ def _situation(case: Case, feed: Feed, latency: float, warnings: list[str]) -> S
 
 def _try(case: Case, technique: Technique, number: int, deadline: float) -> Tried:
     case.progress(f"try {technique.name}", number, len(TECHNIQUES))
-    if time.perf_counter() > deadline:
+    if time.perf_counter() > deadline and not technique.exact:
         return Tried(technique, late=True, problem="there was no time to try it")
     made, problem = attempt(case, technique)
     return Tried(technique, made, problem)

@@ -29,18 +29,18 @@ CHANCE = 0.05
 def timed(paths: Sequence[Path], feed: Feed, seconds: float) -> list[Figure | None]:
     """The speed of each model over the first's, interleaved, one thread, the first itself among them; None where one does not run.
 
-    The interval holds those of all blocks, each of the median of its paired ratios, with about 99 % probability.
+    The interval is that of the median of all paired ratios, with about 99 % probability, widened to the medians of all blocks.
     """
     usable = [i for i, p in enumerate(paths) if _runs(p, feed)]
     blocks = [_block([paths[0], *(paths[i] for i in usable)], feed, seconds / BLOCKS, number) for number in range(BLOCKS)]
     found: list[Figure | None] = [None] * len(paths)
     for place, i in enumerate(usable, 1):
-        ratios = [np.sort(taken[0] / taken[place]) for taken in blocks]
-        ends = [_ends(r) for r in ratios]
-        said = f"{sum(map(len, ratios))} paired runs, one row, one thread"
-        middle = float(np.median(np.concatenate(ratios)))
-        low, high = min(e[0] for e in ends), max(e[1] for e in ends)
-        found[i] = Figure(value=middle, low=min(low, middle), high=max(high, middle), basis="measured", of=said)
+        ratios = [taken[0] / taken[place] for taken in blocks]
+        every = np.sort(np.concatenate(ratios))
+        middle = float(np.median(every))
+        ends = [*_ends(every), middle, *(float(np.median(r)) for r in ratios)]
+        said = f"{len(every)} paired runs, one row, one thread"
+        found[i] = Figure(value=middle, low=min(ends), high=max(ends), basis="measured", of=said)
     return found
 
 
@@ -143,7 +143,7 @@ def verdict(speed: Figure, size: Figure, found: Quality | None, *, exact: bool, 
         return ("refuse", f"no gain: {said(speed)}") if sure else ("unsure", f"the figures do not decide: {said(speed)}")
     gains = f"faster: {said(speed)}" if faster else f"as fast: {said(speed)}"
     gains += f"; smaller: {100 * size.value:.0f} % of the file" if smaller else ""
-    kind, words = lost or ("try", "what it costs in quality was not measured: give rows (--data)")
+    kind, words = lost or ("try", "what it costs in quality is not known")
     return kind, f"{gains}; {words}"
 
 

@@ -50,7 +50,7 @@ def _tried(asked: Asked, t: Tried, before: int) -> Advice:
         speed = speed.model_copy(update={"of": f"{made.of}; {speed.of}"})
     ratio = made.bytes / max(before, 1)
     size = Figure(value=ratio, low=ratio, high=ratio, basis="measured", of=made.of)
-    found = _quality(asked.known, made)
+    found = None if t.technique.proxy else _quality(asked.known, made)
     slack = asked.settings.slack
     if not asked.case.here:
         kind, why = _elsewhere(asked.case, t.technique, made, size, found, slack)
@@ -125,8 +125,8 @@ def _more(asked: Asked, t: Tried, made: Made, speed: Figure | None) -> list[str]
 
 
 _REMARKS = {
-    "prune": "tried with units that magnitude chose, unrepaired; `prune` chooses and repairs by calibration rows",
-    "sparse": "tried with zeros by magnitude; fitted ones (sparsify criterion=sparsegpt, some minutes) lose less",
+    "prune": "timed with units that magnitude chose, unrepaired; `prune` chooses and repairs by calibration rows",
+    "sparse": "timed with zeros by magnitude; zeros fitted to calibration rows lose far less",
 }
 
 
@@ -172,7 +172,7 @@ def passes(technique: Technique, made: Made | None, *, given: bool) -> str:
         return technique.passes
     if technique.name == "sparse":
         share = made.share if made is not None else 0.9
-        fitted = " criterion=sparsegpt" * given
+        fitted = " criterion=alps scope=sensitivity" * given
         return "fold, compile-sparse" if share is None else f"fold, sparsify ratio={share:g}{fitted}, compile-sparse"
     if technique.name == "int8-compiled" and made is not None and made.of.startswith("the model as `fold, compile-int8"):
         return "fold, compile-int8"
@@ -194,7 +194,7 @@ def commands(asked: Asked, technique: Technique, pipeline: str) -> list[str]:
     quantizes = "quantize" in pipeline.replace(",", " ").split() or technique.ours
     command += ["--target", target] if target != ONNXRUNTIME and (quantizes or not asked.case.here) else []
     data, labelled = asked.settings.data, asked.settings.evaluation
-    if any(step.entry.needs_data for step in parse(pipeline)):
+    if any(step.entry.needs_data or "criterion" in step.options for step in parse(pipeline)):
         command += ["--calib", _text(data if data is not None else labelled) or "calib.npz"]
     if not technique.exact:
         labelled = labelled if labelled is not None else data if asked.rows.labelled else None

@@ -97,6 +97,7 @@ class Technique:
     exact: bool = False
     asked: str = ""
     ours: bool = False  # needs graphopt's library
+    proxy: bool = False  # the trial is as fast as what a user would run, and not as good: its quality says nothing
 
     def command(self) -> str:
         """The pipeline for --passes."""
@@ -268,18 +269,20 @@ TECHNIQUES = (
         gain=(1.0, 1 / MACS),
         weights=MACS,
         asked=f"prune macs={MACS}",
+        proxy=True,
     ),
     Technique(
         name="sparse",
         what="zeros among the weights, skipped by graphopt's kernels",
         make=_sparse,
         passes="sparsify ratio={}, compile-sparse choose=table",
-        risk="large without retraining",
-        needs=f"a model that was trained sparse, or {_MEASURE}",
+        risk="large without retraining, less where zeros are fitted to calibration rows",
+        needs=f"a model that was trained sparse, or {_ROWS}; {_MEASURE}",
         affects=HEAVY,
         gain=(1.0, 4.0),
         weights=0.125,
         ours=True,
+        proxy=True,
     ),
     Technique(
         name="fp16",
