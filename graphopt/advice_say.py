@@ -180,7 +180,7 @@ def passes(technique: Technique, made: Made | None, *, given: bool) -> str:
 
 
 def commands(asked: Asked, technique: Technique, pipeline: str) -> list[str]:
-    """What to run, word for word; calib.npz and eval.npz stand for rows that were not given as files."""
+    """What to run, word for word; calib.npz stands for rows that were not given as a file."""
     source, output = asked.path, asked.path.with_name(f"{asked.path.stem}.{technique.name}.onnx")
     if not pipeline:
         return [f"python -c {shlex.quote(_FP16.format(repr(str(source)), repr(str(output))))}"]
@@ -196,9 +196,9 @@ def commands(asked: Asked, technique: Technique, pipeline: str) -> list[str]:
     data, labelled = asked.settings.data, asked.settings.evaluation
     if any(step.entry.needs_data or "criterion" in step.options for step in parse(pipeline)):
         command += ["--calib", _text(data if data is not None else labelled) or "calib.npz"]
-    if not technique.exact:
-        labelled = labelled if labelled is not None else data if asked.rows.labelled else None
-        command += ["--eval", _text(labelled) or "eval.npz"]
+    labelled = labelled if labelled is not None else data if asked.rows.labelled else None
+    if not technique.exact and (named := _text(labelled)) is not None:
+        command += ["--eval", named]
     return [*found, " ".join(command)]
 
 
