@@ -62,7 +62,13 @@ def release(model: str | Path, registry: str | Path, **options: Any) -> Released
         from graphopt.release_mlflow import connect, log_release
 
         client = connect(settings.mlflow)
-    source, root = Path(model), Path(registry)
+    released = _release(Path(model), Path(registry), settings)
+    if client is not None:
+        log_release(client, released)
+    return released
+
+
+def _release(source: Path, root: Path, settings: ReleaseSettings) -> Released:
     if not source.is_file():
         raise ModelError(f"no such file: {source}")
     name = store.check_name(settings.name or source.stem)
@@ -102,10 +108,7 @@ def release(model: str | Path, registry: str | Path, **options: Any) -> Released
         digest = store.seal(folder, root, made)
     event = store.append(root, name, "release", digest, note=settings.notes)
     target = root / "objects" / digest
-    released = Released(event, target, store.read(target))
-    if client is not None:
-        log_release(client, released)
-    return released
+    return Released(event, target, store.read(target))
 
 
 def rollback(registry: str | Path, name: str, version: int | None = None, *, note: str = "") -> Event:
