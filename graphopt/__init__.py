@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt import backend as backend
+    from graphopt.advice import advise as advise
     from graphopt.api import Result as Result
     from graphopt.api import bisect as bisect
     from graphopt.api import optimize as optimize
@@ -32,6 +33,7 @@ _HOMES = {
     "Model": "graphopt.model",
     "PassError": "graphopt.errors",
     "Result": "graphopt.api",
+    "advise": "graphopt.advice",
     "bisect": "graphopt.api",
     "load": "graphopt.model",
     "optimize": "graphopt.api",

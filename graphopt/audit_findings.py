@@ -258,14 +258,14 @@ def _by_category(found: Audited) -> dict[str, float]:
     for name, us in found.us.items():
         kernel = found.placement.nodes[name].kernel
         op = kernel.op if kernel else ""
-        times[_CONVERSION_TIME if op in CONVERSIONS else _category(nodes[name])] += us
+        times[_CONVERSION_TIME if op in CONVERSIONS else category(nodes[name])] += us
     for kernel in found.placement.added:
         known = _CONVERSION_TIME if kernel.op in CONVERSIONS else _LAYOUT_TIME if kernel.op in LAYOUTS else f"added {kernel.op}"
         times[known] += kernel.us
     return dict(times)
 
 
-def _category(node: gs.Node) -> str:
+def category(node: gs.Node) -> str:
     if node.domain == OWN:
         return "graphopt's regions"
     if node.op in ("Conv", "QLinearConv"):

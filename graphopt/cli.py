@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from graphopt.cli_advise import advise as advise_command
 from graphopt.cli_audit import audit as audit_command
 from graphopt.cli_bench import bench as bench_command
 from graphopt.cli_compiled import prepare_library
@@ -351,9 +352,17 @@ def demo(output: Path, overwrite: bool) -> None:
     show_demo(stages)
 
 
-for _command in (run_command, bench_command, audit_command, evaluate_command, monitor_command, sweep_command, report_command):
-    cli.add_command(_command)
-for _command in RELEASE_COMMANDS:
+_MORE = (
+    run_command,
+    bench_command,
+    advise_command,
+    audit_command,
+    evaluate_command,
+    monitor_command,
+    sweep_command,
+    report_command,
+)
+for _command in (*_MORE, *RELEASE_COMMANDS):
     cli.add_command(_command)
 
 

@@ -26,6 +26,9 @@ _REGISTRY = click.argument("registry", type=_PATH)
 )
 @click.option("--gold", type=_PATH, help="A gold set. Default: made from --data, else from generated rows.")
 @click.option("--notes", default="", help="A sentence for the card.")
+@click.option(
+    "--mlflow", metavar="URI", help="Log the release to this MLflow tracking server too (pip install 'graphopt[mlflow]')."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def release(model: Path, registry: Path, as_json: bool, **given: Any) -> None:
     """Release MODEL: a folder named by its content with the model, its library, lineage, model card, changelog and gold set.
@@ -83,16 +86,19 @@ def show(registry: Path, reference: str, as_json: bool) -> None:
 @click.command(short_help="Check releases: hashes, gold set, requirements.")
 @_REGISTRY
 @click.argument("reference", required=False, metavar="[NAME[@VERSION]]")
-@click.option("--data", metavar="PATH", help="Labelled rows: the requirements are evaluated again.")
-@click.option("--no-run", is_flag=True, help="Compare hashes only.")
-def verify(registry: Path, reference: str | None, data: str | None, no_run: bool) -> None:
-    """Check every file of a release against its hash, run the gold set, and with --data the requirements. Default: all releases.
+@click.option("--data", metavar="PATH", help="Labelled rows: every requirement is evaluated again.")
+@click.option("--base", type=_PATH, help="With --data: what a required drop is measured against, on other rows than the release's.")
+@click.option("--no-run", is_flag=True, help="Do not run the gold set.")
+def verify(registry: Path, reference: str | None, data: str | None, base: Path | None, no_run: bool) -> None:
+    """Check every file of a release against its hash, run the gold set, and with --data every requirement. Default: all releases.
+
+    A line a release says what was checked, and which requirements were not for want of rows.
 
     Exit codes: 0 all is as released, 1 user error, 2 something differs.
     """
     from graphopt.releases import verify as check
 
-    for line in check(registry, reference, run=not no_run, data=data):
+    for line in check(registry, reference, run=not no_run, data=data, base=base):
         click.echo(line)
 
 

@@ -8,10 +8,12 @@ and blur change). Rows met later are compared as a set:
 - KS, the largest distance between the distributions of each figure over rows;
 - overflow, the share of values outside the range that calibration saw.
 
-How large PSI and KS become by chance depends on the model, the data and the number of rows: values of one row belong together. So
-their limits come from the calibration rows: sets of as many rows are drawn from them, and the factor over the usual value that the
-worst of all figures exceeds in 1 of 200 sets is the limit of all. Of overflow it is known without drawing: where n rows are like R
-rows of calibration, k of them or more lie above all R with probability n/(R+n) (n-1)/(R+n-1) ... (k factors), whatever they hold.
+How large PSI and KS become by chance depends on the model, the data and the numbers of rows: values of one row belong together. So
+their limits come from a permutation test (Good, "Permutation, Parametric, and Bootstrap Tests of Hypotheses", 2005): the rows at
+hand and those of calibration are put together and dealt out anew many times. If both are alike, every deal is as likely as the real
+one. The factor over the usual value that the worst of all PSI exceeds by chance is the limit of all PSI, and the same of KS by
+itself, since the tails of PSI are much longer. Of overflow it is known without drawing: where n rows are like R of calibration, k
+of them or more lie above all R with probability n/(R+n) (n-1)/(R+n-1) ... (k factors), whatever they hold.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,9 @@ FIGURES = ("mean", "std", "roughness")
 OVERFLOW = 0.001  # share of values outside the calibrated range from which there is an alarm
 CHANCE = 0.005  # of a false alarm, of all figures together
 MIN_ROWS = 8
-_RESAMPLES = 1000
+_DEALS = 2000
+_HELD = 1 << 22  # rows of all deals that are looked at together: bounds memory
+_KINDS = (slice(0, 1), slice(1, None))  # of distances: PSI, KS; each kind has its share of the chance, and so has overflow
 _VERSION = 1
 
 
@@ -77,7 +81,6 @@ class Sentinel:
     tensors: Mapping[str, Watched]
     inputs: tuple[str, ...]
     chance: float = CHANCE
-    _limits: dict[int, tuple[dict[str, np.ndarray], float]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def rows(self) -> int:
@@ -115,14 +118,13 @@ class Sentinel:
         rows = len(next(iter(found.values()))[0])
         if rows < MIN_ROWS:
             raise DataError(f"monitor: {rows} rows; {MIN_ROWS} or more are needed to say anything")
-        usual, factor = self._limit(rows)
+        share = self.chance / (len(_KINDS) + 1)
+        dealt = _dealt({n: self.tensors[n] for n in found}, found)
+        limits = _limits(dealt, share)
         tensors = []
-        for name, (counts, figures) in found.items():
-            watched = self.tensors[name]
-            distances = _distances(watched, watched.counts.sum(0), counts.sum(0), figures)
-            limits = factor * usual[name]
-            unlikely = 2 * len(found) * _beyond(counts, self.rows) < self.chance
-            tensors.append(_drift(name, distances, limits, _overflow(counts), unlikely))
+        for name, (counts, _) in found.items():
+            unlikely = 2 * len(found) * _beyond(counts, self.rows) < share
+            tensors.append(_drift(name, dealt[name][0], limits[name], _overflow(counts), unlikely))
         drifted = any(t.alarms for t in tensors)
         overflowing = any("overflow" in t.alarms for t in tensors)
         advice = "nothing to do: these rows are like those of calibration"
@@ -131,22 +133,6 @@ class Sentinel:
         if overflowing:
             advice += "; values are cut off at the calibrated range"
         return DriftReport(rows=rows, calibration_rows=self.rows, drifted=drifted, tensors=tensors, advice=advice)
-
-    def _limit(self, rows: int) -> tuple[dict[str, np.ndarray], float]:
-        """(usual distances by tensor, factor that all of them stay under) for sets of so many rows like those of calibration."""
-        if rows in self._limits:
-            return self._limits[rows]
-        random = np.random.default_rng(0)
-        drawn: dict[str, np.ndarray] = {n: np.empty((_RESAMPLES, 1 + len(FIGURES))) for n in self.tensors}
-        for k in range(_RESAMPLES):
-            reference, mine = random.integers(0, self.rows, self.rows), random.integers(0, self.rows, rows)
-            for name, w in self.tensors.items():
-                sample = Watched(w.edges, w.counts, w.figures[reference])
-                drawn[name][k] = _distances(sample, w.counts[reference].sum(0), w.counts[mine].sum(0), w.figures[mine])
-        usual = {name: np.maximum(np.median(d, 0), 1e-6) for name, d in drawn.items()}
-        worst = np.max([(drawn[name] / usual[name]).max(1) for name in drawn], axis=0)
-        self._limits[rows] = usual, float(np.quantile(worst, 1 - self.chance))
-        return self._limits[rows]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write to a .npz of plain arrays, atomically."""
@@ -277,20 +263,60 @@ def _joined(held: Mapping[str, list[tuple[np.ndarray, np.ndarray]]]) -> dict[str
 # ---- distances
 
 
-def _distances(reference: Watched, first: np.ndarray, second: np.ndarray, figures: np.ndarray) -> np.ndarray:
-    """[PSI, KS of each figure]; 0 for a figure that the tensor does not have."""
-    p, q = (((c + 0.5) / (c.sum() + 0.5 * len(c))) for c in (first.astype(np.float64), second.astype(np.float64)))
-    psi = float(((p - q) * np.log(p / q)).sum())
-    return np.array([psi, *(_ks(reference.figures[:, i], figures[:, i]) for i in range(len(FIGURES)))])
+def _dealt(calibration: Mapping[str, Watched], found: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    """[1 + deals, PSI and the KS of each figure] of each tensor; first as the rows really are, then as they are dealt out anew."""
+    old, new = (len(next(iter(s))) for s in ((w.counts for w in calibration.values()), (c for c, _ in found.values())))
+    random, total = np.random.default_rng(0), old + new
+    real = np.arange(total) >= old
+    each = max(1, _HELD // total)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in found}
+    for first in range(0, 1 + _DEALS, each):
+        mine = np.stack([real if k == 0 else random.permutation(real) for k in range(first, min(first + each, 1 + _DEALS))])
+        for name, (counts, figures) in found.items():
+            watched = calibration[name]
+            both = np.concatenate([watched.counts, counts]), np.concatenate([watched.figures, figures])
+            parts[name].append(_distances(*both, mine))
+    return {name: np.concatenate(p) for name, p in parts.items()}
 
 
-def _ks(first: np.ndarray, second: np.ndarray) -> float:
-    """The largest distance between two empirical distributions."""
-    if np.isnan(first).any() or np.isnan(second).any():
-        return 0.0
-    a, b = np.sort(first), np.sort(second)
-    points = np.concatenate([a, b])
-    return float(np.max(np.abs(np.searchsorted(a, points, "right") / len(a) - np.searchsorted(b, points, "right") / len(b))))
+def _limits(dealt: Mapping[str, np.ndarray], chance: float) -> dict[str, np.ndarray]:
+    """Of each tensor's distances, such that any of one kind exceeds its limit with probability `chance` at most."""
+    usual = {name: np.maximum(np.median(d, 0), 1e-6) for name, d in dealt.items()}
+    found = {name: np.empty(d.shape[1]) for name, d in dealt.items()}
+    for kind in _KINDS:
+        worst = np.max([(d / usual[name])[:, kind].max(1) for name, d in dealt.items()], axis=0)
+        factor = np.quantile(worst, 1 - chance, method="higher")
+        for name in dealt:
+            found[name][kind] = factor * usual[name][kind]
+    return found
+
+
+def _distances(counts: np.ndarray, figures: np.ndarray, mine: np.ndarray) -> np.ndarray:
+    """[deals, PSI and the KS of each figure] of the rows that are mine, bool [deals, rows], against the others.
+
+    KS is 0 for a figure that the tensor does not have.
+    """
+    inside = counts[:, 1:-1].astype(np.float64)  # what lies outside counts at the ends: overflow is judged by itself
+    inside[:, 0] += counts[:, 0]
+    inside[:, -1] += counts[:, -1]
+    q = mine @ inside
+    p = inside.sum(0) - q
+    p, q = ((side + 0.5) / (side + 0.5).sum(1, keepdims=True) for side in (p, q))
+    psi = ((p - q) * np.log(p / q)).sum(1)
+    return np.stack([psi, *(_ks(figures[:, i], mine) for i in range(len(FIGURES)))], 1)
+
+
+def _ks(values: np.ndarray, mine: np.ndarray) -> np.ndarray:
+    """The largest distance between the empirical distributions of values [rows] that are mine, [deals, rows], and of the others."""
+    if np.isnan(values).any():
+        return np.zeros(len(mine))
+    order = np.argsort(values, kind="stable")
+    steps = mine[:, order].cumsum(1, dtype=np.int32)
+    last = np.append(np.diff(values[order]) > 0, True)  # of equal values: distributions step at all of them at once
+    others = (np.arange(1, len(values) + 1) - steps)[:, last]
+    steps = steps[:, last]
+    found: np.ndarray = np.abs(steps / steps[:, -1:] - others / others[:, -1:]).max(1)
+    return found
 
 
 def _overflow(counts: np.ndarray) -> float:

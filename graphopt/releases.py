@@ -7,12 +7,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graphopt import release_files as store
 from graphopt.errors import CheckError, DataError, ModelError, OptionError
 from graphopt.release_card import card, changes
 from graphopt.release_files import Event, Facts, Lineage, Release
+
+if TYPE_CHECKING:
+    from graphopt.evaluation import EvaluationReport
 
 GOLD = "gold.npz"
 GOLD_TOLERANCE = 0.05
@@ -42,6 +45,7 @@ class ReleaseSettings:
     gold: str | Path | None = None
     gold_tolerance: float = GOLD_TOLERANCE
     notes: str = ""
+    mlflow: str | None = None
 
 
 def release(model: str | Path, registry: str | Path, **options: Any) -> Released:
@@ -49,10 +53,22 @@ def release(model: str | Path, registry: str | Path, **options: Any) -> Released
 
     report: the JSON that `graphopt optimize --report` wrote, for lineage and figures. data, base, metric, requirements: evaluate
     now, and refuse where a requirement is not met. gold: a gold set, by default made of the data, else of generated rows.
-    evidence: further JSON files that go with it (bench, audit ...). Raises GraphoptError; nothing is released then.
+    evidence: further JSON files that go with it (bench, audit ...). mlflow: a tracking URI, to which the release is logged once
+    it is made. Raises GraphoptError; nothing is released then, but where the message says that only logging failed.
     """
     settings = ReleaseSettings(**options)
-    source, root = Path(model), Path(registry)
+    client = None
+    if settings.mlflow is not None:
+        from graphopt.release_mlflow import connect, log_release
+
+        client = connect(settings.mlflow)
+    released = _release(Path(model), Path(registry), settings)
+    if client is not None:
+        log_release(client, released)
+    return released
+
+
+def _release(source: Path, root: Path, settings: ReleaseSettings) -> Released:
     if not source.is_file():
         raise ModelError(f"no such file: {source}")
     name = store.check_name(settings.name or source.stem)
@@ -114,10 +130,19 @@ def rollback(registry: str | Path, name: str, version: int | None = None, *, not
     return store.append(root, name, "rollback", known[version].object, version=version, note=note)
 
 
-def verify(registry: str | Path, reference: str | None = None, *, run: bool = True, data: Any = None) -> list[str]:
-    """Check releases: every file against its hash, the outputs against the gold set (`run`), the requirements on `data`.
+def verify(
+    registry: str | Path,
+    reference: str | None = None,
+    *,
+    run: bool = True,
+    data: Any = None,
+    base: str | Path | None = None,
+) -> list[str]:
+    """Check releases: every file against its hash, the outputs against the gold set (`run`), every requirement on `data`.
 
-    `reference`: `name` or `name@3`; None: all versions of all names. Returns one line a release. Raises CheckError.
+    `reference`: `name` or `name@3`; None: all versions of all names. base: what `drop` is measured against; not needed with the
+    rows of the release, on which the base's figure was stored. Returns one line a release, which says what was not evaluated.
+    Raises CheckError, and OptionError where a requirement cannot be evaluated with what was given.
     """
     root = Path(registry)
     if reference is not None:
@@ -132,29 +157,61 @@ def verify(registry: str | Path, reference: str | None = None, *, run: bool = Tr
         line = f"{release.name}@{event.version}: {len(release.files)} files as released"
         if run:
             line += f"; {_run_gold(folder, release)}"
-        if data is not None:
-            line += f"; {_gates(folder, release, data)}"
+        if data is not None and release.metric is not None:
+            line += f"; {_gates(folder, release, data, base)}"
+        elif data is not None or _of_rows(release):
+            missing = ", ".join(_of_rows(release))
+            line += f"; NOT evaluated without rows: {missing}" if missing else "; was released without evaluation"
         said.append(line)
     return said
 
 
+def _of_rows(release: Release) -> list[str]:
+    """The requirements that need rows; those of the gold set are met or not without."""
+    return [r for r in release.requirements if not r.startswith("gold=")]
+
+
 def _run_gold(folder: Path, release: Release) -> str:
+    from graphopt.evaluation import REQUIREMENTS
+    from graphopt.gates import requirement
     from graphopt.gold import against_gold
 
     found = against_gold(folder / release.model, folder / GOLD)
-    if not found.relative_error <= release.gold_tolerance:
-        off, allowed = f"{found.relative_error:.3g}", f"{release.gold_tolerance:g}"
-        raise CheckError(f"{release.name}: outputs are {off} of their scale from the gold set, allowed {allowed}")
+    limits = [requirement(r, REQUIREMENTS)[1] for r in release.requirements if r.startswith("gold=")]
+    allowed = min([release.gold_tolerance, *limits])
+    if not found.relative_error <= allowed:
+        off = f"{found.relative_error:.3g}"
+        raise CheckError(f"{release.name}: outputs are {off} of their scale from the gold set, allowed {allowed:g}")
     return f"gold set within {found.relative_error:.2g}"
 
 
-def _gates(folder: Path, release: Release, data: Any) -> str:
+def _gates(folder: Path, release: Release, data: Any, base: str | Path | None) -> str:
+    """Evaluate every requirement of the release on these rows."""
     from graphopt.evaluation import evaluate, require
 
-    gates = [r for r in release.requirements if not r.startswith(("drop", "gold"))]  # the base is not in the registry
-    report = evaluate(folder / release.model, data, metric=release.metric or "top1")
-    require(report, gates)
-    return f"{report.metric} {report.evaluation.value:.4f}" + (f", {', '.join(gates)} met" if gates else "")
+    report = evaluate(folder / release.model, data, metric=release.metric, base=base, gold=folder / GOLD)
+    known = release.figures.get("evaluation") or {}
+    same = known.get("digest") == report.evaluation.digest
+    if not same and report.evaluation.preprocessing != release.lineage.preprocessing:
+        raise CheckError(f"{release.name}: the rows are preprocessed in another way than those it was released with")
+    if base is None and same and known.get("base") is not None:
+        report = _with_base(report, float(known["base"]))
+    if report.evaluation.paired is None and any(r.startswith("drop=") for r in release.requirements):
+        raise OptionError(f"{release.name}: drop cannot be evaluated on other rows than those of the release without --base")
+    require(report, release.requirements)
+    rows = "the rows of the release" if same else "other rows than at the release"
+    met = f", {', '.join(release.requirements)} met" if release.requirements else ""
+    return f"{report.metric} {report.evaluation.value:.4f} on {rows}{met}"
+
+
+def _with_base(report: EvaluationReport, value: float) -> EvaluationReport:
+    """With the base's figure as it was stored, of the same rows; lost and won rows are not known."""
+    from graphopt.evaluation import PairedRow
+
+    difference = report.evaluation.value - value
+    nothing = dict.fromkeys(("low", "high", "lost", "won", "p_value"))
+    paired = PairedRow(base="as stored", value=value, difference=difference, **nothing)
+    return report.model_copy(update={"evaluation": report.evaluation.model_copy(update={"paired": paired})})
 
 
 # ---- what goes into a release
@@ -183,7 +240,7 @@ def _evaluate(source: Path, settings: ReleaseSettings) -> Any:
         return None
     from graphopt.evaluation import evaluate, require
 
-    report = evaluate(source, settings.data, metric=settings.metric, base=settings.base)
+    report = evaluate(source, settings.data, metric=settings.metric, base=settings.base, gold=settings.gold)
     require(report, settings.requirements)
     return report
 

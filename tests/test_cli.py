@@ -18,7 +18,7 @@ from graphopt.report import Report
 Run = Callable[..., tuple[int, str, str]]
 COMMANDS = (
     *("optimize", "inspect", "groups", "compare", "diff", "bisect", "passes", "presets", "targets", "demo"),
-    *("sweep", "bench", "audit", "evaluate", "report", "monitor", "release", "log", "show", "verify", "rollback"),
+    *("sweep", "bench", "advise", "audit", "evaluate", "report", "monitor", "release", "log", "show", "verify", "rollback"),
 )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from graphopt.errors import DataError, ModelError
-from graphopt.monitoring import BINS, DriftReport, Sentinel, Watched, _beyond, _ks, _summary, make
+from graphopt.monitoring import BINS, DriftReport, Sentinel, Watched, _beyond, _distances, _ks, _summary, make
 
 Run = Callable[..., "tuple[int, str, str]"]
 
@@ -37,8 +37,9 @@ def test_false_alarms_on_held_back_rows_are_rare(sentinel: Sentinel, held_back: 
 
 @pytest.mark.parametrize("change", ["darkened", "noisy", "shifted"])
 def test_other_rows_raise_the_alarm(sentinel: Sentinel, held_back: np.ndarray, digits: Path, change: str) -> None:
-    noise = np.random.default_rng(0).normal(0, 0.1 * held_back.max(), held_back.shape)
-    rows = {"darkened": held_back * 0.7, "noisy": held_back + noise, "shifted": held_back + 0.1 * held_back.max()}[change]
+    top = held_back.max()
+    noise = np.random.default_rng(0).normal(0, 0.05 * top, held_back.shape)
+    rows = {"darkened": held_back * 0.7, "noisy": held_back + noise, "shifted": held_back + 0.1 * top}[change].clip(0, top)
     reports = list(sentinel.check_rows(digits / "digits.onnx", {"image": rows.astype(np.float32)[:200]}, window=50))
     assert [r.rows for r in reports] == [64, 64, 64, 8]  # windows end with a batch of 16
     assert all(r.drifted for r in reports[:3])
@@ -47,10 +48,44 @@ def test_other_rows_raise_the_alarm(sentinel: Sentinel, held_back: np.ndarray, d
     assert [(r.rows, r.drifted) for r in same] == [(200, False)]
 
 
+def test_rows_in_the_order_of_their_classes_are_no_sample(sentinel: Sentinel, held_back: np.ndarray, digits: Path) -> None:
+    with np.load(digits / "digits_eval.npz") as data:
+        labels = data["labels"]
+    ordered = [held_back[labels == digit] for digit in range(10)]
+    assert sum(sentinel.check({"image": rows}).drifted for rows in ordered) >= 5
+    assert not sentinel.check({"image": held_back}).drifted
+
+
+def test_false_alarms_are_as_rare_as_asked_for_on_heavy_tails() -> None:
+    """PSI has far longer tails than KS here: with one limit for both, KS would never raise an alarm."""
+    random = np.random.default_rng(0)
+    scales = np.exp(random.normal(0, 1.5, 6000))
+    values = (random.normal(0, 1, (6000, 40)) * scales[:, None]).astype(np.float32)
+    edges = np.quantile(values, np.linspace(0, 1, BINS + 1))
+    noisier = _summary(values[:50] + np.float32(1), edges)
+    alarms = 0
+    for k in range(100):
+        mine = _summary(values[60 * k : 60 * k + 60], edges)
+        made = Sentinel({"x": Watched(edges, mine[0][:30], mine[1][:30])}, ("x",), chance=0.05)
+        report = made._report({"x": (mine[0][30:], mine[1][30:])})
+        alarms += report.drifted
+        assert max(report.tensors[0].ks_limits.values()) < 0.7
+        assert made._report({"x": noisier}).drifted
+    assert alarms <= 12  # 5 are meant; 12 or fewer with 99.9 % probability
+
+
 def test_distances_by_hand() -> None:
-    assert _ks(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0])) == 0
-    assert _ks(np.array([1.0, 2.0]), np.array([3.0, 4.0])) == 1
-    assert _ks(np.array([1.0, 2.0, 3.0, 4.0]), np.array([3.0, 4.0])) == 0.5
+    def ks(first: list[float], second: list[float]) -> float:
+        mine = np.arange(len(first) + len(second)) >= len(first)
+        return float(_ks(np.array([*first, *second]), mine[None])[0])
+
+    assert ks([1, 2, 3], [1, 2, 3]) == 0
+    assert ks([1, 2], [3, 4]) == 1
+    assert ks([1, 2, 3, 4], [3, 4]) == 0.5
+    counts = np.zeros((2, BINS + 2), int)
+    counts[0, 1], counts[1, BINS], counts[1, -1] = 2, 1, 1  # outside counts at the end
+    psi = _distances(counts, np.zeros((2, 3)), np.array([[False, True]]))[0, 0]
+    assert psi == pytest.approx(2 * (2 / 10) * np.log(5))  # (2.5 and 0.5) / 10 in both ends
     edges = np.linspace(0, 16, BINS + 1)
     counts, figures = _summary(np.array([[-1.0, 0.0, 16.0, 17.0], [1.0, 1.5, 2.0, 2.5]]), edges)
     assert counts[0, [0, 1, BINS, BINS + 1]].tolist() == [1, 1, 1, 1]

@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +20,7 @@ import pytest
 
 import graphopt
 from graphopt import release_files as store
-from graphopt.errors import CheckError, DataError, ModelError, OptionError
+from graphopt.errors import CheckError, DataError, GraphoptError, ModelError, OptionError
 from graphopt.release_files import Release, events, names
 from graphopt.releases import release, rollback, verify
 
@@ -101,6 +103,65 @@ def test_what_cannot_be_released_or_rolled_back(model: Path, digits: Path, tmp_p
     assert not list((registry / "objects").glob(".writing-*"))
 
 
+def test_every_gate_is_evaluated_again(model: Path, digits: Path, tmp_path: Path) -> None:
+    registry, rows = tmp_path / "registry", str(digits / "digits_eval.npz")
+    graphopt.optimize(str(model), "fold, prune-channels ratio=0.5").save(tmp_path / "small.onnx")
+    gates = ["value=0.1", "drop=0.9", "gold=0.04"]
+    gold = _gold(tmp_path / "small.onnx", tmp_path)
+    made = release(tmp_path / "small.onnx", registry, data=rows, base=model, requirements=gates, gold=gold).release
+    assert made.requirements == gates
+    line = verify(registry)[0]
+    assert line.endswith("NOT evaluated without rows: value=0.1, drop=0.9")
+    line = verify(registry, data=rows)[0]  # the base is not there: its figure was stored with the digest of the rows
+    assert line.endswith("on the rows of the release, value=0.1, drop=0.9, gold=0.04 met")
+    with np.load(rows) as file:
+        images = file["image"].astype(np.float32)
+    right, wrong = (graphopt.session(p).run(None, {"image": images})[0].argmax(1) for p in (model, tmp_path / "small.onnx"))
+    differ = right != wrong
+    assert differ.any()
+    hard = {"image": images[differ], "labels": right[differ]}
+    with pytest.raises(OptionError, match="drop cannot be evaluated on other rows than those of the release without --base"):
+        verify(registry, data=hard)
+    with pytest.raises(CheckError, match="value is 0, required at least 0.1; drop is 1, required at most 0.9"):
+        verify(registry, data=hard, base=model)
+
+
+def test_the_gold_gate_holds_without_rows(model: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphopt import gold
+
+    rows = str(digits / "digits_eval.npz")
+    with pytest.raises(OptionError, match="gold=0.01: that was not measured"):
+        release(model, tmp_path / "registry", data=rows, requirements=["gold=0.01"])
+    release(model, tmp_path / "registry", data=rows, requirements=["gold=0.01"], gold=_gold(model, tmp_path))
+    assert verify(tmp_path / "registry")[0].endswith("gold set within 0")
+    real = gold.against_gold
+
+    def elsewhere(model: Path, path: Path) -> gold.GoldRow:  # as another CPU would round
+        return real(model, path).model_copy(update={"relative_error": 0.02})
+
+    monkeypatch.setattr(gold, "against_gold", elsewhere)
+    with pytest.raises(CheckError, match="outputs are 0.02 of their scale from the gold set, allowed 0.01"):
+        verify(tmp_path / "registry")
+
+
+def test_a_release_without_evaluation_has_no_gates(model: Path, digits: Path, tmp_path: Path) -> None:
+    release(model, tmp_path / "registry")
+    assert verify(tmp_path / "registry", data=str(digits / "digits_eval.npz"))[0].endswith("was released without evaluation")
+
+
+def test_rows_prepared_in_another_way_are_found(model: Path, digits: Path, tmp_path: Path) -> None:
+    made = release(model, tmp_path / "registry", data=str(digits / "digits_eval.npz"))
+    folder, release_file = made.folder, made.release
+    altered = release_file.model_copy(update={"lineage": release_file.lineage.model_copy(update={"preprocessing": "0" * 64})})
+    from graphopt.releases import _gates
+
+    assert "rows of the release" in _gates(folder, altered, str(digits / "digits_eval.npz"), None)  # the same values all the same
+    with np.load(digits / "digits_eval.npz") as file:
+        other = {"image": file["image"].astype(np.float32) / 2, "labels": file["labels"]}
+    with pytest.raises(CheckError, match="preprocessed in another way"):
+        _gates(folder, altered, other, None)
+
+
 @pytest.mark.parametrize("name", ["digits.onnx", "gold.npz", "release.json", "CARD.md"])
 def test_every_damage_is_found(model: Path, tmp_path: Path, name: str) -> None:
     folder = release(model, tmp_path / "registry").folder
@@ -136,6 +197,74 @@ def _gold(model: Path, folder: Path) -> Path:
 
     write_gold(model, {"image": np.zeros((2, 1, 8, 8), np.float32)}, folder / "gold.npz")
     return folder / "gold.npz"
+
+
+class FakeClient:
+    """Records what is logged; `broken` is the name of a method that fails."""
+
+    broken = ""
+
+    def __init__(self, tracking_uri: str) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        FakeClient.last = self
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def method(*args: Any, **options: Any) -> Any:
+            if name == self.broken:
+                raise ValueError("no space\nleft")
+            self.calls.append((name, args))
+            return None if name == "get_experiment_by_name" else SimpleNamespace(info=SimpleNamespace(run_id="run1"))
+
+        return method
+
+    last: FakeClient
+
+
+@pytest.fixture
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
+    monkeypatch.setattr(FakeClient, "broken", "")
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=FakeClient))
+    return FakeClient
+
+
+def test_a_release_is_logged_to_mlflow(model: Path, digits: Path, tmp_path: Path, mlflow: type[FakeClient]) -> None:
+    made = release(model, tmp_path / "r", data=str(digits / "digits_eval.npz"), requirements=["value=0.9"], mlflow="http://there")
+    calls = mlflow.last.calls
+    assert ("log_param", ("run1", "requirements", "value=0.9")) in calls
+    logged = {args[1]: args[2] for name, args in calls if name == "log_metric"}
+    assert (logged["nodes"], logged["quality_rows"]) == (38.0, 540.0)
+    assert logged["quality"] > 0.99
+    assert ("log_artifacts", ("run1", str(made.folder))) in calls
+    assert calls[-1] == ("set_terminated", ("run1", "FINISHED"))
+
+
+def test_mlflow_that_fails(
+    model: Path, tmp_path: Path, mlflow: type[FakeClient], monkeypatch: pytest.MonkeyPatch, cli: Run
+) -> None:
+    registry = tmp_path / "r"
+    monkeypatch.setattr(mlflow, "broken", "log_artifacts")
+    with pytest.raises(GraphoptError, match="released as digits@1, but not logged to MLflow: no space left"):
+        release(model, registry, mlflow="http://there")
+    assert mlflow.last.calls[-1] == ("set_terminated", ("run1", "FAILED"))
+    assert len(events(registry, "digits")) == 1
+    monkeypatch.setattr(mlflow, "broken", "search_experiments")
+    with pytest.raises(OptionError, match="MLflow at http://there cannot be used: no space left"):
+        release(model, registry, mlflow="http://there")
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    code, _, err = cli("release", model, "--to", registry, "--mlflow", "http://there")
+    assert (code, "needs the package mlflow: pip install 'graphopt[mlflow]'" in err) == (1, True)
+    assert len(events(registry, "digits")) == 1
+
+
+def test_the_real_mlflow(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    made = release(model, tmp_path / "r", mlflow=uri)
+    client = real.MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
+    assert (run.info.run_name, run.info.status, run.data.metrics["nodes"]) == ("digits@1", "FINISHED", 38)
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {*made.release.files, "release.json"}
 
 
 LOOP = """
