@@ -33,8 +33,8 @@ from graphopt.kernels.vectors import (
 )
 
 # slots of the record S that the kernels read
-(S_DX, S_DY, S_CHANNEL, S_STARTS, S_OFFSETS, S_VALUES, S_BIAS, S_LIMITS, S_LAST_X, S_LAST_Y) = range(10)
-RECORD = 10
+(S_DX, S_DY, S_CHANNEL, S_STARTS, S_OFFSETS, S_VALUES, S_BIAS, S_LIMITS, S_LAST_X, S_LAST_Y, S_STEP) = range(11)
+RECORD = 11
 WIDTHS = {1: 8, 4: 3}  # most vectors of pixels abreast, by rows of a block: what sixteen registers hold
 
 
@@ -44,7 +44,7 @@ def multiply_add(b: Builder, isa: Isa, x: Value, y: Value, z: Value) -> Value:
     return lanewise(b, "fma", x, y, z) if fused else b.fadd(b.fmul(x, y), z)
 
 
-def _finish(b: Builder, value: Value, low: Value, high: Value) -> Value:
+def finish(b: Builder, value: Value, low: Value, high: Value) -> Value:
     """Within limits; NaN stays."""
     value = b.select(b.fcmp_ordered("<", value, low), low, value)
     return b.select(b.fcmp_ordered(">", value, high), high, value)
@@ -54,8 +54,8 @@ def spmm(isa: Isa, rows: int) -> Any:
     """void(S, x, y, r, n0, n1, width): block rows [n0, n1) of `width` vectors of pixels from x (input) and y (output) on.
 
     r: the residual, or 0; it may be the output. S_DX, S_DY: bytes from one vector to the next in the input, and in output and
-    residual; S_LAST_X, S_LAST_Y: from the first vector to the last; S_CHANNEL: from one output channel to the next. S_STARTS: int32
-    [block rows + 1]; S_OFFSETS: int32, bytes from x to the input of each block; S_VALUES: float32 [blocks][rows]; S_BIAS: float32
+    residual; S_LAST_X, S_LAST_Y: from the first vector to the last; S_CHANNEL: from one output channel to the next. S_STARTS: of
+    each block row, S_STEP bytes apart, int32 [2]: its first block and the one behind its last; S_OFFSETS: int32, bytes from x to the input of each block; S_VALUES: float32 [blocks][rows]; S_BIAS: float32
     [block rows * rows]; S_LIMITS: float32 low, high.
     """
 
@@ -86,7 +86,7 @@ def _tile(isa: Isa, rows: int, width: int, residual: bool) -> Callable[..., None
 
     def emit(b: Builder, record: Value, x: Value, y: Value, r: Value, n0: Value, n1: Value) -> None:
         fields = [load(b, record, I64, 8 * i) for i in range(RECORD)]
-        dx, dy, channel, starts, offsets, values, bias, limits, last_x, last_y = fields
+        dx, dy, channel, starts, offsets, values, bias, limits, last_x, last_y, step = fields
         inputs = [b.add(x, b.mul(dx, const(v)) if v < width - 1 or not v else last_x) for v in range(width)]
         places = [b.mul(dy, const(v)) if v < width - 1 or not v else last_y for v in range(width)]
         low, high = (splat(b, load(b, limits, F32, 4 * i), lanes) for i in range(2))
@@ -103,7 +103,7 @@ def _tile(isa: Isa, rows: int, width: int, residual: bool) -> Callable[..., None
         def block_row(n: Value, _: list[Value]) -> list[Value]:
             first = scaled(b, bias, n, 4 * rows)
             acc = [splat(b, load(b, first, F32, 4 * i), lanes) for i in range(rows) for _ in range(width)]
-            start, stop = (load_index(b, scaled(b, starts, n, 4), 4 * i) for i in range(2))
+            start, stop = (load_index(b, b.add(starts, b.mul(n, step)), 4 * i) for i in range(2))
             acc = loop(b, start, stop, 1, acc, product)
             place = b.mul(b.mul(n, const(rows)), channel)
             for i in range(rows):
@@ -113,7 +113,7 @@ def _tile(isa: Isa, rows: int, width: int, residual: bool) -> Callable[..., None
                     before = [load(b, b.add(r, b.add(row, at)), kind) for at in places]
                     results = [b.fadd(value, other) for value, other in zip(results, before, strict=True)]
                 for value, at in zip(results, places, strict=True):
-                    store(b, _finish(b, value, low, high), b.add(y, b.add(row, at)))
+                    store(b, finish(b, value, low, high), b.add(y, b.add(row, at)))
             return []
 
         loop(b, n0, n1, 1, [], block_row)
@@ -122,7 +122,7 @@ def _tile(isa: Isa, rows: int, width: int, residual: bool) -> Callable[..., None
 
 
 def dot(isa: Isa, rows: int) -> Any:
-    """void(S, x, y, r, n0, n1): block rows [n0, n1) of one row of features; offsets are bytes from x, r: the residual, or zeros."""
+    """void(S, x, y, r, n0, n1): block rows [n0, n1) of one row of features, all chunks; offsets are bytes from x, r: the residual, or zeros."""
     kind = F32 if rows == 1 else vector(F32, rows)
     abreast = 4  # sums in flight
 
@@ -137,6 +137,7 @@ def dot(isa: Isa, rows: int) -> Any:
 
     def emit(b: Builder, record: Value, x: Value, y: Value, r: Value, n0: Value, n1: Value) -> None:
         starts, offsets, values, bias, limits = (load(b, record, I64, 8 * i) for i in range(S_STARTS, S_LIMITS + 1))
+        far = load(b, record, I64, 8 * S_STEP)
         low, high = (load(b, limits, F32, 4 * i) for i in range(2))
         if rows > 1:
             low, high = splat(b, low, rows), splat(b, high, rows)
@@ -144,7 +145,7 @@ def dot(isa: Isa, rows: int) -> Any:
 
         def block_row(n: Value, _: list[Value]) -> list[Value]:
             place = b.mul(n, const(4 * rows))
-            start, stop = (load_index(b, scaled(b, starts, n, 4), 4 * i) for i in range(2))
+            start, stop = (load_index(b, b.add(starts, b.mul(b.add(n, const(i)), far))) for i in range(2))
             whole = b.add(start, b.and_(b.sub(stop, start), const(-abreast)))
             acc = [b.fadd(load(b, b.add(bias, place), kind), load(b, b.add(r, place), kind)), *[zero] * (abreast - 1)]
             fields = [offsets, values]
@@ -156,7 +157,7 @@ def dot(isa: Isa, rows: int) -> Any:
                 b, whole, stop, 1, [b.fadd(b.fadd(acc[0], acc[1]), b.fadd(acc[2], acc[3]))],
                 lambda j, acc: [step(b, fields, x, j, acc[0])],
             )  # fmt: skip
-            store(b, _finish(b, total, low, high), b.add(y, place))
+            store(b, finish(b, total, low, high), b.add(y, place))
             return []
 
         loop(b, n0, n1, 1, [], block_row)

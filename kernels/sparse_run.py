@@ -6,18 +6,50 @@ from typing import Any
 
 from graphopt.kernels.abi import atomic_cas, atomic_store, parallel_for, stack64, symaddr
 from graphopt.kernels.engine_state import I_HANDLE, R_DATA, TENSOR_RECORD, get, put
-from graphopt.kernels.memory import ldf, stf
-from graphopt.kernels.micro_sparse import S_BIAS, S_CHANNEL, S_DX, S_DY, S_LAST_X, S_LAST_Y, S_LIMITS, S_OFFSETS, S_STARTS, S_VALUES
-from graphopt.kernels.sparse_plan import P_ACTIVATIONS, P_DH, P_DW, P_IN, P_KH, P_KW, P_OUT, P_PL, P_PT, P_SH, P_SW
+from graphopt.kernels.memory import copy, ldf, stf
+from graphopt.kernels.micro_bitmap import (
+    M_BIAS,
+    M_GROUPS,
+    M_LIMITS,
+    M_MASKS,
+    M_PITCH_R,
+    M_PITCH_X,
+    M_PITCH_Y,
+    M_SCALES,
+    M_STARTS,
+    M_TABLE,
+    M_VALUES,
+)
+from graphopt.kernels.micro_sparse import S_BIAS, S_CHANNEL, S_DX, S_DY, S_LAST_X, S_LAST_Y, S_LIMITS, S_OFFSETS, S_STARTS, S_STEP, S_VALUES
+from graphopt.kernels.sparse_plan import (
+    BYTES,
+    P_ACTIVATIONS,
+    P_DH,
+    P_DW,
+    P_IN,
+    P_KH,
+    P_KW,
+    P_NUMBERS,
+    P_OUT,
+    P_PL,
+    P_PT,
+    P_SH,
+    P_SW,
+)
 from graphopt.kernels.sparse_state import (
+    BITMAP,
     DIRECT,
     H_BIAS,
     H_CHUNKS,
+    H_GROUPS,
     H_LIMITS,
+    H_MASKS,
     H_OPEN,
     H_PLAN,
     H_ROWS,
+    H_SCALES,
     H_STARTS,
+    H_TABLE,
     H_VALUES,
     H_ZEROS,
     I_CHANNEL,
@@ -36,6 +68,7 @@ from graphopt.kernels.sparse_state import (
     I_OW,
     I_PARTS,
     I_PH,
+    I_PITCH,
     I_PW,
     I_SCRATCH,
     I_SLOT,
@@ -55,11 +88,14 @@ from graphopt.kernels.sparse_state import (
 
 # given by the rung
 LANES = 1
-COPY_BODY, TILE_BODY, ROWS_BODY, SINGLE_BODY = "", "", "", ""
+ABREAST = 1  # rows of features that the kernels of bitmaps take at once
+COPY_BODY, TILE_BODY, ROWS_BODY, SINGLE_BODY, BITMAP_BODY = "", "", "", "", ""
 spmm_one: Any = None
 spmm_four: Any = None
 dot_one: Any = None
 dot_four: Any = None
+bitmap_float: Any = None
+bitmap_byte: Any = None
 square: Any = None
 line1: Any = None
 line2: Any = None
@@ -82,32 +118,34 @@ def block_rows(handle: int) -> int:
 def multiply(handle: int, s: int, x: int, y: int, r: int, vectors: int, last: int, n0: int, n1: int) -> None:
     """All chunks of a tile, one after the other: each adds to what those before left in the output.
 
-    vectors: 0 for one row of features; last: bytes to the last vector, or -1 where it lies as the others do.
+    last: bytes to the last vector, or -1 where it lies as the others do.
     """
     chunks = get(handle, H_CHUNKS)
     put(s, S_LAST_X, last if last >= 0 else (vectors - 1) * get(s, S_DX))
     put(s, S_LAST_Y, last if last >= 0 else (vectors - 1) * get(s, S_DY))
     for c in range(chunks):
-        put(s, S_STARTS, get(handle, H_STARTS) + 4 * c * block_rows(handle))
+        put(s, S_STARTS, get(handle, H_STARTS) + 4 * c)
         put(s, S_BIAS, get(handle, H_BIAS) if c == 0 else get(handle, H_ZEROS))
         put(s, S_LIMITS, get(handle, H_LIMITS) if c == chunks - 1 else get(handle, H_OPEN))
         before = r if c == 0 else y
-        if vectors == 0:
-            single(get(handle, H_ROWS), s, x, y, before if before != 0 else get(handle, H_ZEROS), n0, n1)
-        elif get(handle, H_ROWS) == 1:
+        if get(handle, H_ROWS) == 1:
             spmm_one(s, x, y, before, n0, n1, vectors)
         else:
             spmm_four(s, x, y, before, n0, n1, vectors)
 
 
 def set_record(instance: int, s: int) -> None:
-    """What the kernels read, but for what `multiply` sets."""
+    """What the kernels read; some of it is set anew by `multiply`."""
     handle = get(instance, I_HANDLE)
     put(s, S_DX, get(instance, I_DX))
     put(s, S_DY, get(instance, I_DY))
     put(s, S_CHANNEL, get(instance, I_CHANNEL))
     put(s, S_OFFSETS, get(instance, I_OFFSETS))
     put(s, S_VALUES, get(handle, H_VALUES))
+    put(s, S_STEP, 4 * get(handle, H_CHUNKS))
+    put(s, S_STARTS, get(handle, H_STARTS))
+    put(s, S_BIAS, get(handle, H_BIAS))
+    put(s, S_LIMITS, get(handle, H_LIMITS))
 
 
 def copy_line(target: int, source: int, first: int, step: int, width: int, count: int) -> None:
@@ -160,7 +198,7 @@ def tile_body(usr: int, part: int) -> None:
         t0, t1 = tiles * part // parts, tiles * (part + 1) // parts
     else:
         n0, n1 = rows * part // parts, rows * (part + 1) // parts
-    record = stack64(10)
+    record = stack64(12)
     set_record(instance, record)
     if get(instance, I_DEPTHWISE) == 0:
         part_range(instance, usr, record, get(usr, U_INPUT), t0, t1, n0, n1)
@@ -226,13 +264,58 @@ def turn(target: int, target_pitch: int, source: int, source_pitch: int, rows: i
 def single_body(usr: int, part: int) -> None:
     """A part of the outputs of a few rows."""
     instance = get(usr, U_INSTANCE)
-    handle, record = get(instance, I_HANDLE), stack64(10)
+    handle, record = get(instance, I_HANDLE), stack64(12)
     set_record(instance, record)
     plan, rows, parts, residual = get(handle, H_PLAN), block_rows(handle), get(usr, U_PARTS), get(usr, U_RESIDUAL)
     n0, n1 = rows * part // parts, rows * (part + 1) // parts
     for m in range(get(instance, I_OH)):
         x, place = get(usr, U_INPUT) + 4 * m * get(plan, P_IN), 4 * m * get(plan, P_OUT)
-        multiply(handle, record, x, get(usr, U_OUTPUT) + place, residual + place if residual != 0 else 0, 0, -1, n0, n1)
+        before = residual + place if residual != 0 else get(handle, H_ZEROS)
+        single(get(handle, H_ROWS), record, x, get(usr, U_OUTPUT) + place, before, n0, n1)
+
+
+def copy_features(instance: int, usr: int) -> None:
+    """Rows that do not fill whole groups, to where zeros are behind them."""
+    if get(instance, I_SCRATCH) == 0:
+        return
+    width, pitch = 4 * get(get(get(instance, I_HANDLE), H_PLAN), P_IN), get(instance, I_PITCH)
+    for m in range(get(instance, I_OH)):
+        copy(get(instance, I_SCRATCH) + m * pitch, get(usr, U_INPUT) + m * width, width)
+    put(usr, U_INPUT, get(instance, I_SCRATCH))
+
+
+def set_masks(handle: int, s: int, pitch: int, summed: bool) -> None:
+    """What the kernels of bitmaps read."""
+    wide = 4 * get(get(handle, H_PLAN), P_OUT)
+    put(s, M_MASKS, get(handle, H_MASKS))
+    put(s, M_GROUPS, get(handle, H_GROUPS))
+    put(s, M_STARTS, get(handle, H_STARTS))
+    put(s, M_VALUES, get(handle, H_VALUES))
+    put(s, M_SCALES, get(handle, H_SCALES))
+    put(s, M_BIAS, get(handle, H_BIAS))
+    put(s, M_LIMITS, get(handle, H_LIMITS))
+    put(s, M_TABLE, get(handle, H_TABLE))
+    put(s, M_PITCH_X, pitch)
+    put(s, M_PITCH_Y, wide)
+    put(s, M_PITCH_R, wide if summed else 0)
+
+
+def bitmap_body(usr: int, part: int) -> None:
+    """A part of the outputs of all rows."""
+    instance = get(usr, U_INSTANCE)
+    handle, record = get(instance, I_HANDLE), stack64(12)
+    plan, parts, residual, pitch = get(handle, H_PLAN), get(usr, U_PARTS), get(usr, U_RESIDUAL), get(instance, I_PITCH)
+    set_masks(handle, record, pitch, residual != 0)
+    outputs, rows = get(plan, P_OUT), get(instance, I_OH)
+    n0, n1 = outputs * part // parts, outputs * (part + 1) // parts
+    for m in range(0, rows, ABREAST):
+        place = 4 * m * outputs
+        x, y, count = get(usr, U_INPUT) + m * pitch, get(usr, U_OUTPUT) + place, min(ABREAST, rows - m)
+        r = residual + place if residual != 0 else get(handle, H_ZEROS)
+        if get(plan, P_NUMBERS) == BYTES:
+            bitmap_byte(record, x, y, r, n0, n1, count)
+        else:
+            bitmap_float(record, x, y, r, n0, n1, count)
 
 
 def take_slot(flags: int, slots: int) -> int:
@@ -253,7 +336,7 @@ def rows_body(usr: int, part: int) -> None:
     x = get(instance, I_SCRATCH) + slot * get(instance, I_SLOT)
     y = x + 4 * tile * width
     r = y + 4 * tile * outputs if get(plan, P_ACTIVATIONS) == 2 else 0
-    tiles, record = get(instance, I_TILE_COUNT), stack64(10)
+    tiles, record = get(instance, I_TILE_COUNT), stack64(12)
     set_record(instance, record)
     for t in range(tiles * part // parts, tiles * (part + 1) // parts):
         count = min(tile, get(instance, I_OH) - t * tile)
@@ -298,6 +381,9 @@ def run(instance: int, inputs: int, outputs: int, par: int) -> int:
             parallel_for(par if parts > 1 else 0, symaddr(ROWS_BODY), parts, usr)
         elif mode == SINGLE:
             parallel_for(par if parts > 1 else 0, symaddr(SINGLE_BODY), parts, usr)
+        elif mode == BITMAP:
+            copy_features(instance, usr)
+            parallel_for(par if parts > 1 else 0, symaddr(BITMAP_BODY), parts, usr)
         else:
             run_image(instance, usr, par)
     return 0
@@ -305,6 +391,7 @@ def run(instance: int, inputs: int, outputs: int, par: int) -> int:
 
 PARTS = (
     single, block_rows, multiply, set_record, copy_line, pad_channel, copy_body, tile_range,
-    copy_lines, part_range, tile_body, turn, single_body, take_slot, rows_body,
+    copy_lines, part_range, tile_body, turn, single_body, copy_features, set_masks, bitmap_body, take_slot,
+    rows_body,
 )  # fmt: skip
 TEMPLATES = (run_image, run)  # which reach those by symbols that must be known before
