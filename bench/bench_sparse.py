@@ -23,7 +23,7 @@ SHAPES = [
     (128, 384, 384), (128, 384, 1536), (128, 1536, 384), (256, 768, 3072), (3136, 64, 64), (784, 128, 512), (196, 256, 1024),
     (49, 512, 2048), (3136, 256, 64),
 ]  # fmt: skip
-GEMV = [(768, 768), (768, 3072), (384, 1536), (1280, 1000)]
+GEMV = [(768, 768, 1), (768, 3072, 1), (1280, 1000, 1), (768, 3072, 12), (4096, 4096, 1), (4096, 4096, 3)]  # K, N, weights in turn
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 RNG = np.random.default_rng(0)
 Array = np.ndarray
@@ -78,18 +78,36 @@ def layers() -> None:
 
 
 def gemv() -> None:
-    print("\n| sparsity | K, N | csr x fp32 | 4x1 x fp32 | onnxruntime int8 x fp32 |\n|---|---|---|---|---|")
+    """One row; `sets` distinct weights in turn, so that they come from memory as in a network larger than the caches."""
+    names = ("csr", "4x1", "bitmap", "bitmap int8", "onnxruntime int8")
+    print(f"\n| sparsity | K, N, sets | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
     for sparsity in SPARSITIES:
-        for k, n in GEMV:
-            weight, x = RNG.normal(size=(n, k)).astype(np.float32), RNG.normal(size=(1, k)).astype(np.float32)
-            runs = {
-                "fp32": session([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": np.ascontiguousarray(weight.T)}, x),
-                "int8": integers(x, RNG.integers(-127, 128, (k, n), dtype=np.int8)),
-                **{f"{r}": prepared(SparseGemm(masked(weight, sparsity, r), block=(r, 1)), x) for r in (1, 4)},
-            }
-            times = medians(runs, 0.4)
-            gains = [times["fp32"] / times[name] for name in ("1", "4", "int8")]
-            print(f"| {sparsity:.0%} | {k}, {n} | {' | '.join(f'{g:.2f}' for g in gains)} |", flush=True)
+        for k, n, sets in GEMV:
+            runs: dict[str, list[Callable[[], Any]]] = {name: [] for name in ("fp32", *names)}
+            for _ in range(sets):
+                one_row(runs, k, n, sparsity)
+            times = medians({name: in_turn(found) for name, found in runs.items()}, 0.6)
+            gains = [times["fp32"] / times[name] for name in names]
+            rate = k * n * sets / times["fp32"]
+            cells = " | ".join(f"{g:.2f}" for g in gains)
+            print(f"| {sparsity:.0%} | {k}, {n}, {sets} (fp32 {rate:.1f} GMAC/s) | {cells} |", flush=True)
+
+
+def one_row(runs: dict[str, list[Callable[[], Any]]], k: int, n: int, sparsity: float) -> None:
+    """One weight for each way to run it."""
+    weight, x = RNG.normal(size=(n, k)).astype(np.float32), RNG.normal(size=(1, k)).astype(np.float32)
+    cut = masked(weight, sparsity, 1)
+    levels, scale = np.where(cut == 0, 0, RNG.integers(1, 128, (n, k))).astype(np.int8), np.full(n, 0.1, np.float32)
+    runs["fp32"].append(session([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": np.ascontiguousarray(weight.T)}, x))
+    runs["onnxruntime int8"].append(integers(x, RNG.integers(-127, 128, (k, n), dtype=np.int8)))
+    runs["csr"].append(prepared(SparseGemm(cut), x))
+    runs["4x1"].append(prepared(SparseGemm(masked(weight, sparsity, 4), block=(4, 1)), x))
+    runs["bitmap"].append(prepared(SparseGemm(cut, bitmap=True), x))
+    runs["bitmap int8"].append(prepared(SparseGemm(levels, scale=scale, bitmap=True), x))
+
+
+def in_turn(runs: list[Callable[[], Any]]) -> Callable[[], Any]:
+    return lambda: [run() for run in runs]
 
 
 def integers(x: Array, weight: Array) -> Callable[[], Any]:

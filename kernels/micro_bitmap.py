@@ -54,9 +54,10 @@ def wide(isa: Isa) -> bool:
 def bitmap(isa: Isa, kind: str) -> Any:
     """void(S, x, y, r, n0, n1, rows): outputs [n0, n1) of 1 to 4 rows of features (without AVX2: of one).
 
-    y[i, n] = limited(scales[n] * sum of the weights of n times x[i] + bias[n] + r[i, n]); pitches in bytes from row to row, that of r 0
-    where it is one row of zeros. S_MASKS: u8 [n][groups]; S_STARTS: int32 [n], the first of its values; values: float32 or s8,
-    and 32 readable bytes behind them; x: float32 [groups * 8] a row, all of it readable; table: as `sparse_bitmap.make_table` has it.
+    y[i, n] = limited(scales[n] * sum of the weights of n times x[i] + bias[n] + r[i, n]); pitches in bytes from row to row, that of
+    r 0 where it is one row of zeros. S_MASKS: u8 [n][groups]; S_STARTS: int32 [n], the first of its values; values: float32 or s8,
+    and 32 readable bytes behind them; x: float32 [groups * 8] a row, all of it readable; table: as `sparse_bitmap.make_table` has
+    it.
     """
 
     def emit(b: Builder, *arguments: Value) -> None:
@@ -133,8 +134,8 @@ def _spread(b: Builder, kind: str, address: Value, entry: Value) -> Value:
     if kind == "float":
         lanes = b.sext(load(b, entry, vector(I8, GROUP)), vector(I32, GROUP))
         spread = call(b, "llvm.x86.avx2.permps", EIGHT, [load(b, address, EIGHT), lanes])
-        absent = b.icmp_signed("<", lanes, ir.Constant(vector(I32, GROUP), None))
-        return b.select(absent, ir.Constant(EIGHT, None), spread)
+        # where the top bit is set; LLVM makes three instructions of a select
+        return call(b, "llvm.x86.avx.blendv.ps.256", EIGHT, [spread, ir.Constant(EIGHT, None), b.bitcast(lanes, EIGHT)])
     packed = b.insert_element(ir.Constant(vector(I64, 2), None), load(b, address, I64), const(0, I32))
     bytes_ = vector(I8, 16)  # of the entry behind this one, too, which go where nothing is read
     spread = call(b, "llvm.x86.ssse3.pshuf.b.128", bytes_, [b.bitcast(packed, bytes_), load(b, entry, bytes_)])

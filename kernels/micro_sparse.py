@@ -55,8 +55,8 @@ def spmm(isa: Isa, rows: int) -> Any:
 
     r: the residual, or 0; it may be the output. S_DX, S_DY: bytes from one vector to the next in the input, and in output and
     residual; S_LAST_X, S_LAST_Y: from the first vector to the last; S_CHANNEL: from one output channel to the next. S_STARTS: of
-    each block row, S_STEP bytes apart, int32 [2]: its first block and the one behind its last; S_OFFSETS: int32, bytes from x to the input of each block; S_VALUES: float32 [blocks][rows]; S_BIAS: float32
-    [block rows * rows]; S_LIMITS: float32 low, high.
+    each block row, S_STEP bytes apart, int32 [2]: its first block and the one behind its last; S_OFFSETS: int32, bytes from x to
+    the input of each block; S_VALUES: float32 [blocks][rows]; S_BIAS: float32 [block rows * rows]; S_LIMITS: float32 low, high.
     """
 
     def emit(b: Builder, *arguments: Value) -> None:
@@ -122,7 +122,7 @@ def _tile(isa: Isa, rows: int, width: int, residual: bool) -> Callable[..., None
 
 
 def dot(isa: Isa, rows: int) -> Any:
-    """void(S, x, y, r, n0, n1): block rows [n0, n1) of one row of features, all chunks; offsets are bytes from x, r: the residual, or zeros."""
+    """void(S, x, y, r, n0, n1): block rows [n0, n1) of one row of features; offsets: bytes from x, r: residual or zeros."""
     kind = F32 if rows == 1 else vector(F32, rows)
     abreast = 4  # sums in flight
 

@@ -87,6 +87,18 @@ def across(plan: int) -> int:
     return get(plan, P_IN) // get(plan, P_GROUPS) * get(plan, P_KH) * get(plan, P_KW)
 
 
+def check_forms(plan: int, error: int) -> int:
+    """Blocks, and how places and values are stored."""
+    rows, columns = get(plan, P_ROWS), get(plan, P_COLUMNS)
+    if not ((rows == 1 or rows == 4 or rows == 16) and (columns == 1 or columns == 4)):
+        return fail(error, text("no kernel for blocks of so many rows"), -1, rows)
+    if outside(plan, P_PLACES, P_NUMBERS, 0, 1) >= 0:
+        return fail(error, text("unknown form of places or values"), -1, get(plan, P_PLACES))
+    if get(plan, P_PLACES) == BITS and (get(plan, P_KIND) != ROWS or rows != 1 or columns != 1):
+        return fail(error, text("a bitmap is for single weights of a product of rows"), -1, rows)
+    return 1
+
+
 def check_plan(plan: int, plan_len: int, scales: int, n_scales: int, error: int) -> int:
     if plan_len != PLAN or get(plan, P_MAGIC) != MAGIC or get(plan, P_VERSION) != VERSION:
         return fail(error, text("not a sparse plan of this version of graphopt"), -1, plan_len)
@@ -100,16 +112,12 @@ def check_plan(plan: int, plan_len: int, scales: int, n_scales: int, error: int)
         outside(plan, P_KH, P_DH + 1, 1, 1) >= 0 or outside(plan, P_PT, P_PR, 0, 0) >= 0 or get(plan, P_GROUPS) != 1
     ):
         return fail(error, text("a product of rows has no window"), -1, get(plan, P_KH))
+    if check_forms(plan, error) == 0:
+        return 0
     rows, columns = get(plan, P_ROWS), get(plan, P_COLUMNS)
-    if not ((rows == 1 or rows == 4 or rows == 16) and (columns == 1 or columns == 4)):
-        return fail(error, text("no kernel for blocks of so many rows"), -1, rows)
     groups = get(plan, P_GROUPS)
     if groups < 1 or groups > MAX_CHANNELS or get(plan, P_IN) % groups != 0 or get(plan, P_OUT) % groups != 0:
         return fail(error, text("groups do not divide the channels"), -1, groups)
-    if outside(plan, P_PLACES, P_NUMBERS, 0, 1) >= 0:
-        return fail(error, text("unknown form of places or values"), -1, get(plan, P_PLACES))
-    if get(plan, P_PLACES) == BITS and (get(plan, P_KIND) != ROWS or rows != 1 or columns != 1):
-        return fail(error, text("a bitmap is for single weights of a product of rows"), -1, rows)
     wide = across(plan)
     if wide > MAX_COLUMNS or get(plan, P_OUT) // groups % rows != 0 or wide % columns != 0:
         return fail(error, text("blocks do not cover the weights exactly; columns"), -1, wide)
@@ -167,7 +175,9 @@ def check_values(plan: int, consts: int, error: int) -> int:
     values, places = consts, consts + 8 * TENSOR_RECORD
     blocks = get(values, R_DIMS)
     if blocks < 1 or blocks > MAX_WEIGHTS // size or not check_shape(values, 3 if numbers == BYTES else 1, 2, blocks, size):
-        return fail(error, text("values must be [blocks, rows * columns], float32 or int8 as planned, blocks at least 1"), -1, blocks)
+        return fail(
+            error, text("values must be [blocks, rows * columns], float32 or int8 as planned, blocks at least 1"), -1, blocks
+        )
     if numbers != BYTES:
         bad = check_finite(get(values, R_DATA), blocks * size)
         if bad >= 0:
@@ -356,6 +366,6 @@ def create_for(
 
 assert CONV == 1  # check_plan: kinds are 0 and 1
 TEMPLATES = (
-    outside, across, check_plan, check_shape, check_finite, check_numbers, check_gaps, check_values, check_weights, any_weight,
-    arrange, set_chunks, fill_numbers, scaled_values, fill_gaps, fill_sparse, create_for,
+    outside, across, check_forms, check_plan, check_shape, check_finite, check_numbers, check_gaps, check_values, check_weights,
+    any_weight, arrange, set_chunks, fill_numbers, scaled_values, fill_gaps, fill_sparse, create_for,
 )  # fmt: skip

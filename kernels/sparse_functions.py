@@ -41,9 +41,9 @@ class _Sparse:
 class SparseGemm(_Sparse):
     """float32 x [..., K] times the transpose of a weight [N, K], of which only the blocks that are not zero are kept.
 
-    weight: float32, or int8 with `scale`, float32 [N]: the weight of output n is then scale[n] times it. `block`: rows x columns of a
-    block, (1, 1) for single weights. `bitmap`: these are placed by a bit each, which is fastest for one row or a few where the weights
-    do not fit into the caches. `low`, `high`: limits of the output, as of a Relu or a Clip.
+    weight: float32, or int8 with `scale`, float32 [N]: the weight of output n is then scale[n] times it. `block`: rows x columns of
+    a block, (1, 1) for single weights. `bitmap`: these are placed by a bit each, which is fastest for one row or a few where the
+    weights do not fit into the caches. `low`, `high`: limits of the output, as of a Relu or a Clip.
     Raises ValueError where blocks do not cover the weight exactly, or a number is not finite.
     """
 
@@ -55,10 +55,12 @@ class SparseGemm(_Sparse):
         if bitmap and block != (1, 1):
             raise ValueError(f"sparse: a bitmap places single weights, not blocks of {block[0]} x {block[1]}")
         if (weight.dtype == np.int8) != (scale is not None):
-            raise ValueError(f"sparse: a weight of {weight.dtype} {'with' if scale is not None else 'without'} scales; int8 needs them")
+            raise ValueError(
+                f"sparse: a weight of {weight.dtype} {'with' if scale is not None else 'without'} scales; int8 needs them"
+            )
         n, k = weight.shape
-        forms = {"places": BITS if bitmap else GAPS, "numbers": BYTES if scale is not None else FLOATS}
-        plan = SparsePlan(ROWS, n, k, block, bias=bias is not None, residual=residual, low=low, high=high, **forms)
+        places, numbers = BITS if bitmap else GAPS, FLOATS if scale is None else BYTES
+        plan = SparsePlan(ROWS, n, k, block, Window(), bias is not None, residual, low, high, places, numbers)
         super().__init__(plan, weight, scale, bias, isa)
 
 

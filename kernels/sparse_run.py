@@ -4,52 +4,47 @@ from __future__ import annotations
 
 from typing import Any
 
+from graphopt.kernels import sparse_rows
 from graphopt.kernels.abi import atomic_cas, atomic_store, parallel_for, stack64, symaddr
 from graphopt.kernels.engine_state import I_HANDLE, R_DATA, TENSOR_RECORD, get, put
-from graphopt.kernels.memory import copy, ldf, stf
-from graphopt.kernels.micro_bitmap import (
-    M_BIAS,
-    M_GROUPS,
-    M_LIMITS,
-    M_MASKS,
-    M_PITCH_R,
-    M_PITCH_X,
-    M_PITCH_Y,
-    M_SCALES,
-    M_STARTS,
-    M_TABLE,
-    M_VALUES,
+from graphopt.kernels.memory import ldf, stf
+from graphopt.kernels.micro_sparse import (
+    S_BIAS,
+    S_CHANNEL,
+    S_DX,
+    S_DY,
+    S_LAST_X,
+    S_LAST_Y,
+    S_LIMITS,
+    S_OFFSETS,
+    S_STARTS,
+    S_STEP,
+    S_VALUES,
 )
-from graphopt.kernels.micro_sparse import S_BIAS, S_CHANNEL, S_DX, S_DY, S_LAST_X, S_LAST_Y, S_LIMITS, S_OFFSETS, S_STARTS, S_STEP, S_VALUES
 from graphopt.kernels.sparse_plan import (
-    BYTES,
     P_ACTIVATIONS,
     P_DH,
     P_DW,
     P_IN,
     P_KH,
     P_KW,
-    P_NUMBERS,
     P_OUT,
     P_PL,
     P_PT,
     P_SH,
     P_SW,
 )
+from graphopt.kernels.sparse_rows import copy_features
 from graphopt.kernels.sparse_state import (
     BITMAP,
     DIRECT,
     H_BIAS,
     H_CHUNKS,
-    H_GROUPS,
     H_LIMITS,
-    H_MASKS,
     H_OPEN,
     H_PLAN,
     H_ROWS,
-    H_SCALES,
     H_STARTS,
-    H_TABLE,
     H_VALUES,
     H_ZEROS,
     I_CHANNEL,
@@ -68,7 +63,6 @@ from graphopt.kernels.sparse_state import (
     I_OW,
     I_PARTS,
     I_PH,
-    I_PITCH,
     I_PW,
     I_SCRATCH,
     I_SLOT,
@@ -88,14 +82,11 @@ from graphopt.kernels.sparse_state import (
 
 # given by the rung
 LANES = 1
-ABREAST = 1  # rows of features that the kernels of bitmaps take at once
 COPY_BODY, TILE_BODY, ROWS_BODY, SINGLE_BODY, BITMAP_BODY = "", "", "", "", ""
 spmm_one: Any = None
 spmm_four: Any = None
 dot_one: Any = None
 dot_four: Any = None
-bitmap_float: Any = None
-bitmap_byte: Any = None
 square: Any = None
 line1: Any = None
 line2: Any = None
@@ -274,50 +265,6 @@ def single_body(usr: int, part: int) -> None:
         single(get(handle, H_ROWS), record, x, get(usr, U_OUTPUT) + place, before, n0, n1)
 
 
-def copy_features(instance: int, usr: int) -> None:
-    """Rows that do not fill whole groups, to where zeros are behind them."""
-    if get(instance, I_SCRATCH) == 0:
-        return
-    width, pitch = 4 * get(get(get(instance, I_HANDLE), H_PLAN), P_IN), get(instance, I_PITCH)
-    for m in range(get(instance, I_OH)):
-        copy(get(instance, I_SCRATCH) + m * pitch, get(usr, U_INPUT) + m * width, width)
-    put(usr, U_INPUT, get(instance, I_SCRATCH))
-
-
-def set_masks(handle: int, s: int, pitch: int, summed: bool) -> None:
-    """What the kernels of bitmaps read."""
-    wide = 4 * get(get(handle, H_PLAN), P_OUT)
-    put(s, M_MASKS, get(handle, H_MASKS))
-    put(s, M_GROUPS, get(handle, H_GROUPS))
-    put(s, M_STARTS, get(handle, H_STARTS))
-    put(s, M_VALUES, get(handle, H_VALUES))
-    put(s, M_SCALES, get(handle, H_SCALES))
-    put(s, M_BIAS, get(handle, H_BIAS))
-    put(s, M_LIMITS, get(handle, H_LIMITS))
-    put(s, M_TABLE, get(handle, H_TABLE))
-    put(s, M_PITCH_X, pitch)
-    put(s, M_PITCH_Y, wide)
-    put(s, M_PITCH_R, wide if summed else 0)
-
-
-def bitmap_body(usr: int, part: int) -> None:
-    """A part of the outputs of all rows."""
-    instance = get(usr, U_INSTANCE)
-    handle, record = get(instance, I_HANDLE), stack64(12)
-    plan, parts, residual, pitch = get(handle, H_PLAN), get(usr, U_PARTS), get(usr, U_RESIDUAL), get(instance, I_PITCH)
-    set_masks(handle, record, pitch, residual != 0)
-    outputs, rows = get(plan, P_OUT), get(instance, I_OH)
-    n0, n1 = outputs * part // parts, outputs * (part + 1) // parts
-    for m in range(0, rows, ABREAST):
-        place = 4 * m * outputs
-        x, y, count = get(usr, U_INPUT) + m * pitch, get(usr, U_OUTPUT) + place, min(ABREAST, rows - m)
-        r = residual + place if residual != 0 else get(handle, H_ZEROS)
-        if get(plan, P_NUMBERS) == BYTES:
-            bitmap_byte(record, x, y, r, n0, n1, count)
-        else:
-            bitmap_float(record, x, y, r, n0, n1, count)
-
-
 def take_slot(flags: int, slots: int) -> int:
     """Scratch memory of no other thread: there are as many as parts."""
     slot = 0
@@ -391,7 +338,6 @@ def run(instance: int, inputs: int, outputs: int, par: int) -> int:
 
 PARTS = (
     single, block_rows, multiply, set_record, copy_line, pad_channel, copy_body, tile_range,
-    copy_lines, part_range, tile_body, turn, single_body, copy_features, set_masks, bitmap_body, take_slot,
-    rows_body,
+    copy_lines, part_range, tile_body, turn, single_body, take_slot, rows_body, *sparse_rows.PARTS,
 )  # fmt: skip
 TEMPLATES = (run_image, run)  # which reach those by symbols that must be known before

@@ -120,14 +120,53 @@ def test_products_with_bias_and_residual() -> None:
         judge(proto, after, x=RNG.normal(size=size).astype(np.float32))
 
 
+@pytest.mark.parametrize("form", ["4x1", "bitmap"])
 @pytest.mark.parametrize("transposed", [0, 1])
-def test_gemm(transposed: int) -> None:
+def test_gemm(transposed: int, form: str) -> None:
     weight = sparse(12, 20) if transposed else sparse(20, 12)
     nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["y"], "fc", transB=transposed)]
     proto = model(nodes, {"w": weight, "b": sparse(12, density=1)}, ["N", 20], ["N", 12])
-    after = compiled(proto, "fc=4x1")
+    after = compiled(proto, f"fc={form}")
     for rows in (1, 2, 40):
         judge(proto, after, x=RNG.normal(size=(rows, 20)).astype(np.float32))
+
+
+@pytest.mark.parametrize("form", ["1x1", "4x1", "bitmap"])
+@pytest.mark.parametrize("op", ["Gemm", "MatMul", "Conv"])
+def test_int8_weights_with_scales(op: str, form: str) -> None:
+    if op == "Conv" and form == "bitmap":
+        return
+    levels, scales = (20 * sparse(20, 12)).astype(np.int8), np.abs(sparse(12, density=1)) + np.float32(0.1)
+    if op == "Conv":
+        levels = levels.T.reshape(12, 20, 1, 1)
+    size = [2, 20, 6, 6] if op == "Conv" else ["N", 20]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s"], ["f"], "dq", axis=0 if op == "Conv" else 1),
+        helper.make_node(op, ["x", "f"], ["z"], "fc"),
+        helper.make_node("Relu", ["z"], ["y"], "relu"),
+    ]
+    proto = model(nodes, {"w": levels, "s": scales}, size, [None] * len(size))
+    after = compiled(proto, f"fc={form}")
+    assert ops(after) == ["SparseLayer0"]
+    for rows in (1, 5) if op != "Conv" else (2,):
+        judge(proto, after, x=RNG.normal(size=(rows, *size[1:])).astype(np.float32))
+
+
+def test_quantised_weights_that_are_left_alone() -> None:
+    scales = np.ones(12, np.float32)
+    cases: list[tuple[dict[str, Any], dict[str, Array], list[str], str]] = [
+        ({"axis": 0}, {"s": np.ones(20, np.float32)}, ["w", "s"], "its weight has scales on another axis"),
+        ({"axis": 1}, {"s": scales, "z": np.ones(12, np.int8)}, ["w", "s", "z"], "its weight has computed scales, a zero point"),
+        ({"axis": 1}, {"s": -scales}, ["w", "s"], "a scale of its weight is not above 0"),
+    ]
+    for attributes, constants, inputs, reason in cases:
+        nodes = [
+            helper.make_node("DequantizeLinear", inputs, ["f"], "dq", **attributes),
+            helper.make_node("MatMul", ["x", "f"], ["y"]),
+        ]
+        proto = model(nodes, {"w": np.ones((20, 12), np.int8), **constants}, ["N", 20], ["N", 12])
+        (rejected,) = optimize(proto, "compile-sparse").report.passes[0].rejected
+        assert rejected.reason.startswith(reason)
 
 
 def test_depthwise_strided_dilated_and_one_dimensional() -> None:
@@ -190,8 +229,9 @@ def test_the_file_shrinks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("first", "expected name=block, a block being one of 1x1, 1x4, 4x1, 4x4, 16x1"),
-        ("first=2x2", "expected name=block"),
+        ("first", "expected name=form, a form being one of 1x1, 1x4, 4x1, 4x4, 16x1, bitmap"),
+        ("first=2x2", "expected name=form"),
+        ("first=bitmap", "a bitmap is for products of rows"),
         ("frist=1x1", "no such layer; did you mean 'first'"),
         ("first=16x1", "such blocks do not cover weights of shape .10, 90. exactly"),
     ],
@@ -244,17 +284,18 @@ def test_more_kinds_of_layers_than_operators() -> None:
 def test_the_table_knows_density_and_blocks() -> None:
     made = from_proto(mlp())
     (up, down) = find_layers(Site(made, shapes(made), made.wiring())).layers
-    kinds = {f.block for f in forms(up)}
-    assert len(kinds) == 2
-    assert by_table(up, 100).block is not None
+    kinds = {f.storage for f in forms(up)}
+    assert len(kinds) == 3
+    assert by_table(up, 100).storage is not None
     up.weight.values = sparse(24, 48, density=0.9)
     choice = by_table(up, 100)
-    assert choice.block is None
+    assert choice.storage is None
     assert choice.row()["why"] == "expected gain below 1.15"
     down.weight.values = np.repeat(sparse(48, 6, density=0.4), 4, 1)
     chosen = by_table(down, 100)
-    assert chosen.block in ((4, 1), (4, 4))
-    (four,) = [f for f in forms(down) if f.block == chosen.block]
+    assert chosen.storage is not None
+    assert chosen.storage.block in ((4, 1), (4, 4))
+    (four,) = [f for f in forms(down) if f.storage == chosen.storage]
     assert chosen.expected == pytest.approx(expected(down, four))
 
 
