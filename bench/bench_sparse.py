@@ -1,8 +1,9 @@
-"""Sparse kernels against onnxruntime's dense ones: `python bench/bench_sparse.py [layers gemv models FILE...]`.
+"""Sparse kernels against onnxruntime's dense ones: `python bench/bench_sparse.py [layers gemv int8 models FILE...]`.
 
 layers: graphopt's convolution (1x1, channel-major) and product of rows (which transposes), with single weights (csr) and blocks of
 four rows (4x1), against the faster of onnxruntime's MatMul and 1x1 Conv; gemv: one row, against its float32 and INT8 products;
-models: whole files with magnitude sparsity, dense and compiled. One thread; medians of interleaved runs in one process.
+int8: INT8 convolutions with blocks of zeros
+against the same with dense weights; models: whole files with magnitude sparsity, dense and compiled. One thread; medians of interleaved runs in one process.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from bench_kernels import medians, session
 from onnx import helper
 
 from graphopt.kernels import isa, native
+from graphopt.kernels.functions import QConv
+from graphopt.kernels.functions import Scale as QScale
 from graphopt.kernels.sparse_functions import SparseConv, SparseGemm
 
 SHAPES = [
@@ -116,6 +119,30 @@ def integers(x: Array, weight: Array) -> Callable[[], Any]:
     return session([node], {"w": weight, "s": np.float32(0.1)}, x)
 
 
+def int8() -> None:
+    """graphopt's INT8 convolution (1x1, u8 in and out) with blocks of zeros against itself with dense weights."""
+    print("\n| zeros | shape (M, K, N) | 4x4 | 4x1 | 16x1 |\n|---|---|---|---|---|")
+    for sparsity in (0.5, 0.7, 0.8, 0.9):
+        found = []
+        for m, k, n in SHAPES[1:]:
+            weight = RNG.integers(-127, 128, (n, k)).astype(np.int8)
+            x = RNG.integers(0, 256, (1, k, m // 7 if m % 7 == 0 else m // 16, 7 if m % 7 == 0 else 16)).astype(np.uint8)
+            runs = {"dense": convolution(weight, x)}
+            for name, (rows, columns) in {"4x4": (4, 4), "4x1": (4, 1), "16x1": (16, 1)}.items():
+                kept = RNG.random((n // rows, k // columns)) >= sparsity
+                runs[name] = convolution((weight * np.kron(kept, np.ones((rows, columns), np.int8))).astype(np.int8), x)
+            times = medians(runs, 0.3)
+            found.append([times["dense"] / times[name] for name in ("4x4", "4x1", "16x1")])
+            print(f"| {sparsity:.0%} | {m, k, n} | {' | '.join(f'{g:.2f}' for g in found[-1])} |", flush=True)
+        print(f"| {sparsity:.0%} | median | {' | '.join(f'{g:.2f}' for g in np.median(found, axis=0))} |", flush=True)
+
+
+def convolution(weight: Array, x: Array) -> Callable[[], Any]:
+    scale = QScale(0.02, 128)
+    layer = QConv(weight[:, :, None, None], weight_scale=0.01, x_scale=scale.scale, x_zero=128, out=QScale(2.0, 100))
+    return lambda: layer(x)
+
+
 def models(paths: list[str]) -> None:
     import graphopt
     from graphopt.api import check_feeds
@@ -142,8 +169,10 @@ def main() -> None:
         layers()
     if "gemv" in chosen:
         gemv()
+    if "int8" in chosen:
+        int8()
     if "models" in chosen:
-        models([a for a in chosen if a not in ("layers", "gemv", "models")])
+        models([a for a in chosen if a not in ("layers", "gemv", "int8", "models")])
 
 
 if __name__ == "__main__":
