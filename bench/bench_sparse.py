@@ -3,7 +3,8 @@
 layers: graphopt's convolution (1x1, channel-major) and product of rows (which transposes), with single weights (csr) and blocks of
 four rows (4x1), against the faster of onnxruntime's MatMul and 1x1 Conv; gemv: one row, against its float32 and INT8 products;
 int8: INT8 convolutions with blocks of zeros
-against the same with dense weights; models: whole files with magnitude sparsity, dense and compiled. One thread; medians of interleaved runs in one process.
+against the same with dense weights; models: whole files with magnitude sparsity, dense and compiled. One thread; medians of
+interleaved runs in one process.
 """
 
 from __future__ import annotations
@@ -138,8 +139,7 @@ def int8() -> None:
 
 
 def convolution(weight: Array, x: Array) -> Callable[[], Any]:
-    scale = QScale(0.02, 128)
-    layer = QConv(weight[:, :, None, None], weight_scale=0.01, x_scale=scale.scale, x_zero=128, out=QScale(2.0, 100))
+    layer = QConv(weight[:, :, None, None], weight_scale=0.01, given=QScale(0.02, 128), out=QScale(2.0, 100))
     return lambda: layer(x)
 
 
