@@ -271,3 +271,14 @@ def test_ten_thousand_malformed_inputs(first: int) -> None:
     refused, ran = (int(n) for n in done.stdout.split())
     assert refused > 3000
     assert ran > 200
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_malformed_layers_are_refused_when_the_session_is_made(count: int) -> None:
+    script = Path(__file__).with_name("sparse_session_fuzz.py")
+    done = subprocess.run([sys.executable, str(script), "0", str(count)], capture_output=True, text=True, timeout=1700)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-500:]
+    refused, failed, ran = (int(n) for n in done.stdout.split())
+    assert refused > 0.6 * count
+    assert failed < 0.2 * count  # plans that are right, but not for these inputs
+    assert refused + failed + ran == count
