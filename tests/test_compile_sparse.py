@@ -154,6 +154,22 @@ def test_int8_weights_with_scales(op: str, form: str) -> None:
         judge(plain, after, x=RNG.normal(size=(rows, *size[1:])).astype(np.float32))
 
 
+def test_weights_that_sparsify_rounds() -> None:
+    proto = mlp()
+    result = optimize(proto, "sparsify ratio=0.5 values=int8, compile-sparse layers='up=bitmap,down=1x1'")
+    assert ops(result.model) == ["SparseLayer0", "SparseLayer1"]
+    dtypes = [next(np.dtype(t.dtype) for t in n.inputs if "values" in t.name) for n in result.model.nodes()]
+    assert dtypes == [np.int8, np.int8]
+    x = RNG.normal(size=(2, 3, 24)).astype(np.float32)
+    (wanted,) = session(optimize(proto, "sparsify ratio=0.5").proto()).run(None, {"x": x})
+    (found,) = session(result.proto()).run(None, {"x": x})
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=0.05 * np.abs(wanted).max())
+    assert (found != wanted).any()
+    again = optimize(optimize(proto, "sparsify ratio=0.5 values=int8").model, "sparsify ratio=0.9").report.passes[0]
+    assert again.changes == 0
+    assert {r.reason for r in again.rejected} == {"its weight is quantised already"}
+
+
 def test_quantised_weights_that_are_left_alone() -> None:
     scales = np.ones(12, np.float32)
     cases: list[tuple[dict[str, Any], dict[str, Array], list[str], str]] = [
