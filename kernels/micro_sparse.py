@@ -188,8 +188,27 @@ def transpose(isa: Isa) -> Any:
     return procedure(f"graphopt_transpose_{isa.name}", 4, emit)
 
 
-def line(isa: Isa, step: int) -> Any:
-    """void(target, source, count): target[i] = source[i * step] of floats, step 1 or 2; nothing beyond the last is touched."""
+def plane(isa: Isa, step: int) -> Any:
+    """void(target, target_pitch, source, source_pitch, lines, count): target[y][i] = source[y][i * step], pitches in bytes.
+
+    Of floats, step 1 or 2; nothing beyond the last is touched.
+    """
+
+    def emit(
+        b: Builder, target: Value, target_pitch: Value, source: Value, source_pitch: Value, lines: Value, count: Value
+    ) -> None:
+        one = local(b, f"graphopt_line_{isa.name}_{step}", [I64] * 3, ir.VoidType(), _line(isa, step))
+
+        def body(i: Value, _: list[Value]) -> list[Value]:
+            b.call(one, [b.add(target, b.mul(target_pitch, i)), b.add(source, b.mul(source_pitch, i)), count])
+            return []
+
+        loop(b, const(0), lines, 1, [], body)
+
+    return procedure(f"graphopt_plane_{isa.name}_{step}", 6, emit)
+
+
+def _line(isa: Isa, step: int) -> Callable[..., None]:
     lanes, kind = isa.lanes, vector(F32, isa.lanes)
 
     def part(b: Builder, target: Value, source: Value, i: Value) -> None:
@@ -222,4 +241,4 @@ def line(isa: Isa, step: int) -> Any:
         b.branch(done)
         b.position_at_end(done)
 
-    return procedure(f"graphopt_line_{isa.name}_{step}", 3, emit)
+    return emit

@@ -14,7 +14,7 @@ from graphopt.kernels.exports import Export
 from graphopt.kernels.externs import link
 from graphopt.kernels.isa import RUNGS
 from graphopt.kernels.micro_bitmap import SIZES, bitmap, wide
-from graphopt.kernels.micro_sparse import dot, line, spmm, transpose
+from graphopt.kernels.micro_sparse import dot, plane, spmm, transpose
 from graphopt.kernels.region import Engine
 from graphopt.kernels.sparse_state import I_SIZE
 
@@ -51,7 +51,7 @@ def _rung(name: str) -> tuple[list[Export], dict[str, Any]]:
     isa = RUNGS[name]
     scope: dict[str, Any] = {**common()[1], "LANES": isa.lanes, "square": transpose(isa), "ABREAST": 4 if wide(isa) else 1}
     scope |= {f"bitmap_{kind}": bitmap(isa, kind) for kind in SIZES}
-    scope |= {f"line{step}": line(isa, step) for step in (1, 2)}
+    scope |= {f"plane{step}": plane(isa, step) for step in (1, 2)}
     for rows, label in NAMES.items():
         scope |= {f"spmm_{label}": spmm(isa, rows), f"dot_{label}": dot(isa, rows)}
     scope |= {body.upper(): f"gk_{body}{SUFFIX}__{name}" for body in BODIES}

@@ -88,8 +88,8 @@ spmm_four: Any = None
 dot_one: Any = None
 dot_four: Any = None
 square: Any = None
-line1: Any = None
-line2: Any = None
+plane1: Any = None
+plane2: Any = None
 
 
 def single(rows: int, s: int, x: int, y: int, r: int, n0: int, n1: int) -> None:
@@ -139,20 +139,22 @@ def set_record(instance: int, s: int) -> None:
     put(s, S_LIMITS, get(handle, H_LIMITS))
 
 
-def copy_line(target: int, source: int, first: int, step: int, width: int, count: int) -> None:
-    """target[i] = source[first + i * step] for those i < count for which that is inside [0, width)."""
+def copy_lines_padded(target: int, target_pitch: int, source: int, source_pitch: int, lines: int, first: int, step: int,
+                      width: int, count: int) -> None:  # fmt: skip
+    """Of each of `lines` lines: target[i] = source[first + i * step] of those i < count for which that is inside [0, width)."""
     i = (step - 1 - first) // step if first < 0 else 0
     inside = min(count, (width - first + step - 1) // step) - i
-    if inside <= 0:
+    if inside <= 0 or lines <= 0:
         return
     to, at = target + 4 * i, source + 4 * (first + i * step)
     if step == 1:
-        line1(to, at, inside)
+        plane1(to, target_pitch, at, source_pitch, lines, inside)
     elif step == 2:
-        line2(to, at, inside)
+        plane2(to, target_pitch, at, source_pitch, lines, inside)
     else:
-        for j in range(inside):
-            stf(to + 4 * j, ldf(at + 4 * j * step))
+        for line in range(lines):
+            for j in range(inside):
+                stf(to + line * target_pitch + 4 * j, ldf(at + line * source_pitch + 4 * j * step))
 
 
 def pad_channel(instance: int, plan: int, source: int, c: int, planes: int) -> None:
@@ -161,12 +163,13 @@ def pad_channel(instance: int, plan: int, source: int, c: int, planes: int) -> N
     sh, sw, top, left = get(plan, P_SH), get(plan, P_SW), get(plan, P_PT), get(plan, P_PL)
     used_h, used_w = min(sh, (get(plan, P_KH) - 1) * get(plan, P_DH) + 1), min(sw, (get(plan, P_KW) - 1) * get(plan, P_DW) + 1)
     for y in range(used_h):
+        # lines of the plane whose line of the image, line * sh + y - top, is one
+        first = (top - y + sh - 1) // sh if y < top else 0
+        lines = min(ph, (h + top - y + sh - 1) // sh) - first
+        at = source + 4 * (c * h + first * sh + y - top) * w
         for x in range(used_w):
-            plane = planes + 4 * ((y * sw + x) * ph * pw)
-            for line in range(ph):
-                at = line * sh + y - top
-                if at >= 0 and at < h:
-                    copy_line(plane + 4 * line * pw, source + 4 * (c * h + at) * w, x - left, sw, w, pw)
+            plane = planes + 4 * ((y * sw + x) * ph * pw + first * pw)
+            copy_lines_padded(plane, 4 * pw, at, 4 * w * sh, lines, x - left, sw, w, pw)
 
 
 def copy_body(usr: int, part: int) -> None:
@@ -220,12 +223,10 @@ def copy_lines(instance: int, flat: int, dense: int, c: int, out: int) -> None:
     """The lines of a channel between the FLAT form and the dense one; out: 1 to the FLAT form."""
     oh, ow, pitch = get(instance, I_OH), get(instance, I_OW), get(instance, I_PW)
     one, two = flat + c * get(instance, I_CHANNEL), dense + 4 * c * oh * ow
-    for line in range(oh):
-        at, to = one + 4 * line * pitch, two + 4 * line * ow
-        if out == 1:
-            line1(at, to, ow)
-        else:
-            line1(to, at, ow)
+    if out == 1:
+        plane1(one, 4 * pitch, two, 4 * ow, oh, ow)
+    else:
+        plane1(two, 4 * ow, one, 4 * pitch, oh, ow)
 
 
 def tile_range(
@@ -337,7 +338,7 @@ def run(instance: int, inputs: int, outputs: int, par: int) -> int:
 
 
 PARTS = (
-    single, block_rows, multiply, set_record, copy_line, pad_channel, copy_body, tile_range,
+    single, block_rows, multiply, set_record, copy_lines_padded, pad_channel, copy_body, tile_range,
     copy_lines, part_range, tile_body, turn, single_body, take_slot, rows_body, *sparse_rows.PARTS,
 )  # fmt: skip
 TEMPLATES = (run_image, run)  # which reach those by symbols that must be known before

@@ -11,6 +11,7 @@ import numpy as np
 from graphopt.context import Context
 from graphopt.errors import DataError, OptionError
 from graphopt.feeds import input_specs, random_row
+from graphopt.kernels.sparse_plan import ROWS
 from graphopt.model import Model
 from graphopt.registry import register, suggest
 from graphopt.shapes import shapes
@@ -19,6 +20,7 @@ from graphopt.sparse_layers import STORAGES, Layer, Site, Storage, find_layers
 
 NAME = "compile-sparse"
 SURE = 1.5  # gain by itself that is expected to last among dense neighbours
+AS_FAST = 0.97  # of the fastest model's gain, with which one is taken that has more layers sparse
 
 
 @register(NAME, exact=True, after=("sparsify", "prune-channels", "fold-bn", "fold-scales"))
@@ -151,18 +153,21 @@ def _judged(
     chosen = {c.layer: c.storage for c in choices if c.storage is not None}
     if not chosen or feed is None:
         return choices
-    surest = {c.layer: c.storage for c in choices if c.storage is not None and (c.measured or 0) >= SURE}
-    variants = [chosen, {**plain(usable), **chosen}, surest]
+    rows = {layer.name for layer in usable if layer.kind == ROWS}  # in the layout of everyone: what they gain alone they gain here
+    sure = {c.layer: c.storage for c in choices if c.storage is not None and ((c.measured or 0) >= SURE or c.layer in rows)}
+    variants = [chosen, {**plain(usable), **chosen}, sure]
     kept: list[dict[str, Storage]] = []
     for variant in variants:
         if variant and variant not in kept:
             kept.append(variant)
     gains = whole_gains(model, feed, kept)
     context.facts["whole_model"] = [{"layers": len(v), "gain": round(g, 4)} for v, g in zip(kept, gains, strict=True)]
-    gain, best = max(zip(gains, kept, strict=True), key=lambda pair: pair[0])
-    if gain < MARGIN:
-        why = f"the whole model is not {MARGIN} times faster with it ({gain:.2f})"
+    top = max(gains)
+    if top < MARGIN:
+        why = f"the whole model is not {MARGIN} times faster with it ({top:.2f})"
         return [replace(c, storage=None, why=why if c.storage is not None else c.why) for c in choices]
+    near = [(variant, gain) for variant, gain in zip(kept, gains, strict=True) if gain >= max(MARGIN, AS_FAST * top)]
+    best, _ = max(near, key=lambda pair: (len(pair[0].keys() & chosen.keys()), pair[1]))
     return [_after(layer, choice, best) for layer, choice in zip(usable, choices, strict=True)]
 
 
