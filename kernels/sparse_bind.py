@@ -126,11 +126,10 @@ def tile_down(instance: int, lines: int, length: int, pitch: int, lanes: int, mo
     put(instance, I_TILES, tiles)
     put(instance, I_DX, 4 * pitch)
     put(instance, I_DY, 4 * length)
-    for step in range((length + lanes - 1) // lanes):
-        x = min(step * lanes, length - lanes)
-        for i in range((lines + most - 1) // most):
-            first = i * most
-            set_tile(instance, first * pitch + x, first * length + x, min(most, lines - first), -1)
+    steps = (length + lanes - 1) // lanes
+    for i in range(steps * ((lines + most - 1) // most)):  # those of as many lines follow each other
+        x, first = min(i % steps * lanes, length - lanes), i // steps * most
+        set_tile(instance, first * pitch + x, first * length + x, min(most, lines - first), -1)
     return 1
 
 

@@ -13,13 +13,15 @@ from graphopt.kernels.micro_sparse import (
     S_CHANNEL,
     S_DX,
     S_DY,
-    S_LAST_X,
-    S_LAST_Y,
     S_LIMITS,
     S_OFFSETS,
     S_STARTS,
     S_STEP,
     S_VALUES,
+    TILE_LAST,
+    TILE_VECTORS,
+    TILE_X,
+    TILE_Y,
 )
 from graphopt.kernels.sparse_plan import (
     P_ACTIVATIONS,
@@ -106,27 +108,35 @@ def block_rows(handle: int) -> int:
     return outputs if get(handle, H_ROWS) == 1 else outputs // 4
 
 
-def multiply(handle: int, s: int, x: int, y: int, r: int, vectors: int, last: int, n0: int, n1: int) -> None:
-    """All chunks of a tile, one after the other: each adds to what those before left in the output.
+def multiply(handle: int, s: int, x: int, y: int, r: int, tiles: int, count: int, n0: int, n1: int) -> None:
+    """Tiles of as many vectors each; r: the residual, or 0."""
+    if get(handle, H_CHUNKS) == 1:
+        products(handle, s, x, y, r, tiles, count, n0, n1)
+        return
+    for t in range(count):
+        multiply_chunks(handle, s, x, y, r, tiles + 8 * TILE * t, n0, n1)
 
-    last: bytes to the last vector, or -1 where it lies as the others do.
-    """
+
+def multiply_chunks(handle: int, s: int, x: int, y: int, r: int, tile: int, n0: int, n1: int) -> None:
+    """All chunks of a tile, one after the other: each adds to what those before left in the output."""
     chunks = get(handle, H_CHUNKS)
-    put(s, S_LAST_X, last if last >= 0 else (vectors - 1) * get(s, S_DX))
-    put(s, S_LAST_Y, last if last >= 0 else (vectors - 1) * get(s, S_DY))
     for c in range(chunks):
         put(s, S_STARTS, get(handle, H_STARTS) + 4 * c)
         put(s, S_BIAS, get(handle, H_BIAS) if c == 0 else get(handle, H_ZEROS))
         put(s, S_LIMITS, get(handle, H_LIMITS) if c == chunks - 1 else get(handle, H_OPEN))
-        before = r if c == 0 else y
-        if get(handle, H_ROWS) == 1:
-            spmm_one(s, x, y, before, n0, n1, vectors)
-        else:
-            spmm_four(s, x, y, before, n0, n1, vectors)
+        products(handle, s, x, y, r if c == 0 else y, tile, 1, n0, n1)
+
+
+def products(handle: int, s: int, x: int, y: int, r: int, tiles: int, count: int, n0: int, n1: int) -> None:
+    """By the kernel for the rows of a block."""
+    if get(handle, H_ROWS) == 1:
+        spmm_one(s, x, y, r, n0, n1, tiles, count)
+    else:
+        spmm_four(s, x, y, r, n0, n1, tiles, count)
 
 
 def set_record(instance: int, s: int) -> None:
-    """What the kernels read; some of it is set anew by `multiply`."""
+    """What the kernels read; some of it is set anew by `multiply_chunks`."""
     handle = get(instance, I_HANDLE)
     put(s, S_DX, get(instance, I_DX))
     put(s, S_DY, get(instance, I_DY))
@@ -233,11 +243,13 @@ def tile_range(
     instance: int, record: int, x: int, y: int, r: int, t0: int, t1: int, n0: int, n1: int
 ) -> None:  # fmt: skip
     """Tiles [t0, t1) of block rows [n0, n1); r: the residual, or 0."""
-    handle = get(instance, I_HANDLE)
-    for t in range(t0, t1):
-        tile = get(instance, I_TILES) + 8 * TILE * t
-        before = r + get(tile, 1) if r != 0 else 0
-        multiply(handle, record, x + get(tile, 0), y + get(tile, 1), before, get(tile, 2), get(tile, 3), n0, n1)
+    handle, t = get(instance, I_HANDLE), t0
+    while t < t1:
+        first, count = get(instance, I_TILES) + 8 * TILE * t, 1
+        while t + count < t1 and get(first + 8 * TILE * count, TILE_VECTORS) == get(first, TILE_VECTORS):
+            count += 1
+        multiply(handle, record, x, y, r, first, count, n0, n1)
+        t += count
 
 
 def turn(target: int, target_pitch: int, source: int, source_pitch: int, rows: int, columns: int) -> None:
@@ -284,15 +296,19 @@ def rows_body(usr: int, part: int) -> None:
     x = get(instance, I_SCRATCH) + slot * get(instance, I_SLOT)
     y = x + 4 * tile * width
     r = y + 4 * tile * outputs if get(plan, P_ACTIVATIONS) == 2 else 0
-    tiles, record = get(instance, I_TILE_COUNT), stack64(12)
+    tiles, record, whole = get(instance, I_TILE_COUNT), stack64(12), stack64(TILE)
     set_record(instance, record)
+    put(whole, TILE_X, 0)
+    put(whole, TILE_Y, 0)
+    put(whole, TILE_LAST, -1)
     for t in range(tiles * part // parts, tiles * (part + 1) // parts):
         count = min(tile, get(instance, I_OH) - t * tile)
         place = 4 * t * tile * outputs
         turn(x, 4 * tile, get(usr, U_INPUT) + 4 * t * tile * width, 4 * width, count, width)
         if r != 0:
             turn(r, 4 * tile, get(usr, U_RESIDUAL) + place, 4 * outputs, count, outputs)
-        multiply(handle, record, x, y, r, (count + LANES - 1) // LANES, -1, 0, block_rows(handle))
+        put(whole, TILE_VECTORS, (count + LANES - 1) // LANES)
+        multiply(handle, record, x, y, r, whole, 1, 0, block_rows(handle))
         turn(get(usr, U_OUTPUT) + place, 4 * outputs, y, 4 * tile, outputs, count)
     atomic_store(get(instance, I_FLAGS) + 8 * slot, 0)
 
@@ -338,7 +354,7 @@ def run(instance: int, inputs: int, outputs: int, par: int) -> int:
 
 
 PARTS = (
-    single, block_rows, multiply, set_record, copy_lines_padded, pad_channel, copy_body, tile_range,
+    single, block_rows, products, multiply_chunks, multiply, set_record, copy_lines_padded, pad_channel, copy_body, tile_range,
     copy_lines, part_range, tile_body, turn, single_body, take_slot, rows_body, *sparse_rows.PARTS,
 )  # fmt: skip
 TEMPLATES = (run_image, run)  # which reach those by symbols that must be known before
