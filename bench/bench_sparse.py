@@ -1,8 +1,10 @@
-"""Sparse kernels against onnxruntime's dense ones: `python bench/bench_sparse.py [layers gemv models FILE...]`.
+"""Sparse kernels against onnxruntime's dense ones: `python bench/bench_sparse.py [layers gemv int8 models FILE...]`.
 
 layers: graphopt's convolution (1x1, channel-major) and product of rows (which transposes), with single weights (csr) and blocks of
 four rows (4x1), against the faster of onnxruntime's MatMul and 1x1 Conv; gemv: one row, against its float32 and INT8 products;
-models: whole files with magnitude sparsity, dense and compiled. One thread; medians of interleaved runs in one process.
+int8: INT8 convolutions with blocks of zeros
+against the same with dense weights; models: whole files with magnitude sparsity, dense and compiled. One thread; medians of
+interleaved runs in one process.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ from bench_kernels import medians, session
 from onnx import helper
 
 from graphopt.kernels import isa, native
+from graphopt.kernels.functions import QConv
+from graphopt.kernels.functions import Scale as QScale
 from graphopt.kernels.sparse_functions import SparseConv, SparseGemm
 
 SHAPES = [
     (128, 384, 384), (128, 384, 1536), (128, 1536, 384), (256, 768, 3072), (3136, 64, 64), (784, 128, 512), (196, 256, 1024),
     (49, 512, 2048), (3136, 256, 64),
 ]  # fmt: skip
-GEMV = [(768, 768), (768, 3072), (384, 1536), (1280, 1000)]
+GEMV = [(768, 768, 1), (768, 3072, 1), (1280, 1000, 1), (768, 3072, 12), (4096, 4096, 1), (4096, 4096, 3)]  # K, N, weights in turn
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 RNG = np.random.default_rng(0)
 Array = np.ndarray
@@ -78,24 +82,65 @@ def layers() -> None:
 
 
 def gemv() -> None:
-    print("\n| sparsity | K, N | csr x fp32 | 4x1 x fp32 | onnxruntime int8 x fp32 |\n|---|---|---|---|---|")
+    """One row; `sets` distinct weights in turn, so that they come from memory as in a network larger than the caches."""
+    names = ("csr", "4x1", "bitmap", "bitmap int8", "onnxruntime int8")
+    print(f"\n| sparsity | K, N, sets | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
     for sparsity in SPARSITIES:
-        for k, n in GEMV:
-            weight, x = RNG.normal(size=(n, k)).astype(np.float32), RNG.normal(size=(1, k)).astype(np.float32)
-            runs = {
-                "fp32": session([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": np.ascontiguousarray(weight.T)}, x),
-                "int8": integers(x, RNG.integers(-127, 128, (k, n), dtype=np.int8)),
-                **{f"{r}": prepared(SparseGemm(masked(weight, sparsity, r), block=(r, 1)), x) for r in (1, 4)},
-            }
-            times = medians(runs, 0.4)
-            gains = [times["fp32"] / times[name] for name in ("1", "4", "int8")]
-            print(f"| {sparsity:.0%} | {k}, {n} | {' | '.join(f'{g:.2f}' for g in gains)} |", flush=True)
+        for k, n, sets in GEMV:
+            runs: dict[str, list[Callable[[], Any]]] = {name: [] for name in ("fp32", *names)}
+            for _ in range(sets):
+                one_row(runs, k, n, sparsity)
+            times = medians({name: in_turn(found) for name, found in runs.items()}, 0.6)
+            gains = [times["fp32"] / times[name] for name in names]
+            rate = k * n * sets / times["fp32"]
+            cells = " | ".join(f"{g:.2f}" for g in gains)
+            print(f"| {sparsity:.0%} | {k}, {n}, {sets} (fp32 {rate:.1f} GMAC/s) | {cells} |", flush=True)
+
+
+def one_row(runs: dict[str, list[Callable[[], Any]]], k: int, n: int, sparsity: float) -> None:
+    """One weight for each way to run it."""
+    weight, x = RNG.normal(size=(n, k)).astype(np.float32), RNG.normal(size=(1, k)).astype(np.float32)
+    cut = masked(weight, sparsity, 1)
+    levels, scale = np.where(cut == 0, 0, RNG.integers(1, 128, (n, k))).astype(np.int8), np.full(n, 0.1, np.float32)
+    runs["fp32"].append(session([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": np.ascontiguousarray(weight.T)}, x))
+    runs["onnxruntime int8"].append(integers(x, RNG.integers(-127, 128, (k, n), dtype=np.int8)))
+    runs["csr"].append(prepared(SparseGemm(cut), x))
+    runs["4x1"].append(prepared(SparseGemm(masked(weight, sparsity, 4), block=(4, 1)), x))
+    runs["bitmap"].append(prepared(SparseGemm(cut, bitmap=True), x))
+    runs["bitmap int8"].append(prepared(SparseGemm(levels, scale=scale, bitmap=True), x))
+
+
+def in_turn(runs: list[Callable[[], Any]]) -> Callable[[], Any]:
+    return lambda: [run() for run in runs]
 
 
 def integers(x: Array, weight: Array) -> Callable[[], Any]:
     """onnxruntime's own way with int8 weights and a float32 row."""
     node = helper.make_node("DynamicQuantizeMatMul", ["x", "w", "s"], ["y"], domain="com.microsoft")
     return session([node], {"w": weight, "s": np.float32(0.1)}, x)
+
+
+def int8() -> None:
+    """graphopt's INT8 convolution (1x1, u8 in and out) with blocks of zeros against itself with dense weights."""
+    print("\n| zeros | shape (M, K, N) | 4x4 | 4x1 | 16x1 |\n|---|---|---|---|---|")
+    for sparsity in (0.5, 0.7, 0.8, 0.9):
+        found = []
+        for m, k, n in SHAPES[1:]:
+            weight = RNG.integers(-127, 128, (n, k)).astype(np.int8)
+            x = RNG.integers(0, 256, (1, k, m // 7 if m % 7 == 0 else m // 16, 7 if m % 7 == 0 else 16)).astype(np.uint8)
+            runs = {"dense": convolution(weight, x)}
+            for name, (rows, columns) in {"4x4": (4, 4), "4x1": (4, 1), "16x1": (16, 1)}.items():
+                kept = RNG.random((n // rows, k // columns)) >= sparsity
+                runs[name] = convolution((weight * np.kron(kept, np.ones((rows, columns), np.int8))).astype(np.int8), x)
+            times = medians(runs, 0.3)
+            found.append([times["dense"] / times[name] for name in ("4x4", "4x1", "16x1")])
+            print(f"| {sparsity:.0%} | {m, k, n} | {' | '.join(f'{g:.2f}' for g in found[-1])} |", flush=True)
+        print(f"| {sparsity:.0%} | median | {' | '.join(f'{g:.2f}' for g in np.median(found, axis=0))} |", flush=True)
+
+
+def convolution(weight: Array, x: Array) -> Callable[[], Any]:
+    layer = QConv(weight[:, :, None, None], weight_scale=0.01, given=QScale(0.02, 128), out=QScale(2.0, 100))
+    return lambda: layer(x)
 
 
 def models(paths: list[str]) -> None:
@@ -124,8 +169,10 @@ def main() -> None:
         layers()
     if "gemv" in chosen:
         gemv()
+    if "int8" in chosen:
+        int8()
     if "models" in chosen:
-        models([a for a in chosen if a not in ("layers", "gemv", "models")])
+        models([a for a in chosen if a not in ("layers", "gemv", "int8", "models")])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from graphopt.model import Model
 from graphopt.proto import Exporter, encode_inline
 from graphopt.region_find import Region
 from graphopt.region_lower import Lowering, lower
+from graphopt.region_pack import pack_weights
 from graphopt.region_values import Given, constant
 
 SMALL = 1024  # elements of a constant that only the body reads and that lies in it; larger ones stay initializers
@@ -44,7 +45,9 @@ def emit_region(model: Model, region: Region) -> Plan:
         work.give(tensor, views[id(tensor)], None if dequantize is None else dequantize.outputs[0])
     nodes = _nodes(region, border)
     plan, constants = work.plan({t.name for n in nodes for t in n.inputs} | _made(work.constants.values(), nodes))
-    constants += _large(nodes, {g.name for g in constants})
+    plan, constants = pack_weights(plan, constants, region.site.names)
+    made = {o for g in constants for n in g.prologue for o in n.output}
+    constants += _large(nodes, made | {g.name for g in constants})
     function = _function(model, region, work, nodes, constants)
     plan = replace(plan, constants=len(constants))
     _replace(model, region, border, work, plan, constants)

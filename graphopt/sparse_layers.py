@@ -1,39 +1,66 @@
-"""Layers whose weights may be stored sparse: which they are, what is computed behind them in one go, and their replacement.
+"""Layers whose weights may be stored sparse: which they are, and what is computed behind them in one go.
 
-A layer is a convolution, a Gemm or a MatMul with a constant float32 weight, with the bias, the residual sum and the Relu or Clip
-that follow it. Its replacement is one node `graphopt.SparseLayer<n>`, which graphopt's library runs, and a function of that name
-for runtimes without the library, which makes the dense weight from the same stored numbers.
+A layer is a convolution, a Gemm or a MatMul with a constant weight, float32 or int8 behind a DequantizeLinear, with the bias, the
+residual sum and the Relu or Clip that follow it. `graphopt.sparse_replace` puts a node in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
-from onnx import helper
 
-from graphopt.edit import Wiring, constant_value, only_user, peek, remove_nodes
-from graphopt.kernels.sparse_plan import CONV, MAX_LAYERS, PREFIX, ROWS, SparsePlan, Window, to_sparse
-from graphopt.model import OWN, Model
-from graphopt.operands import Names, has_input, operand
+from graphopt.edit import Wiring, constant_value, only_user, peek
+from graphopt.kernels.sparse_plan import (
+    BITS,
+    BLOCKS,
+    BYTES,
+    CONV,
+    FLOATS,
+    GAPS,
+    ROWS,
+    SparsePlan,
+    Window,
+)
+from graphopt.model import Model
+from graphopt.operands import has_input, operand
 from graphopt.shapes import Shapes
 
-IR = 8  # the first IR version with functions
-OPSET = 11  # the first with ScatterND and CumSum
+OPSET = 11  # the first with ScatterND, CumSum and BitShift
 Block = tuple[int, int]
 WHOLE = Window()
+LARGEST_SCALE = 1e36  # what the engine takes: times 127 it is a float32
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How weights are stored: blocks of some shape, or single ones placed by a bitmap."""
+
+    block: Block
+    bitmap: bool = False
+
+    @property
+    def name(self) -> str:
+        """In recipes and reports."""
+        return "bitmap" if self.bitmap else "x".join(map(str, self.block))
+
+    def fits(self, layer: Layer) -> bool:
+        """Whether it can hold the layer's weights."""
+        groups, (n, k) = layer.window.groups, layer.matrix().shape
+        return n // groups % self.block[0] == 0 and k % self.block[1] == 0 and (not self.bitmap or layer.kind == ROWS)
+
+
+STORAGES = (*(Storage(block) for block in BLOCKS), Storage((1, 1), bitmap=True))
 
 
 @dataclass(frozen=True)
 class Layer:
-    """`matrix` is the weight as [outputs, inputs] (inputs of one group); `nodes` are all that the replacement stands for."""
+    """`matrix` is the weight as [outputs, inputs] (inputs of one group); `nodes` are all that its replacement is for, sorted."""
 
     node: gs.Node
-    weight: gs.Constant
+    weight: gs.Constant  # float32, or int8 where there are scales
     kind: int
     outputs: int
     inputs: int
@@ -44,6 +71,7 @@ class Layer:
     high: float = float("inf")
     nodes: tuple[gs.Node, ...] = ()
     transposed: bool = False  # the weight is stored [inputs, outputs]
+    scales: np.ndarray | None = None  # float32 [outputs]
 
     @property
     def name(self) -> str:
@@ -56,14 +84,18 @@ class Layer:
         return self.nodes[-1].outputs[0]
 
     def matrix(self) -> np.ndarray:
-        """float32 [outputs, inputs / groups * kernel]."""
+        """float32 (or int8, to be scaled) [outputs, inputs / groups * kernel]."""
         values = peek(self.weight)
         return np.ascontiguousarray(values.T) if self.transposed else values.reshape(self.outputs, -1)
 
-    def plan(self, block: Block) -> SparsePlan:
+    def plan(self, form: Storage) -> SparsePlan:
         """What its replacement computes."""
-        biased, summed = self.bias is not None, self.residual is not None
-        return SparsePlan(self.kind, self.outputs, self.inputs, block, self.window, biased, summed, self.low, self.high)
+        biased, summed, numbers = self.bias is not None, self.residual is not None, FLOATS if self.scales is None else BYTES
+        limits = self.low, self.high
+        places = BITS if form.bitmap else GAPS
+        return SparsePlan(
+            self.kind, self.outputs, self.inputs, form.block, self.window, biased, summed, *limits, places, numbers
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,9 +122,13 @@ def find_layers(site: Site) -> Found:
     site.taken.clear()
     for node in site.model.graph.nodes:
         rule = None if node.domain else _RULES.get(node.op)
-        if rule is None or len(node.inputs) < 2 or not isinstance(node.inputs[1], gs.Constant):
+        scaled = None if rule is None or len(node.inputs) < 2 else _dequantize(node.inputs[1])
+        weight = scaled.inputs[0] if scaled is not None else node.inputs[1] if len(node.inputs) > 1 else None
+        if rule is None or not isinstance(weight, gs.Constant):
             continue
-        made = _weight_problem(site, node) or rule(node)
+        made = _weight_problem(site, node, weight, scaled) or rule(node, weight)
+        if not isinstance(made, str) and scaled is not None:
+            made = _scaled(made, scaled)
         if isinstance(made, str):
             found.reasons.append((node, made))
         else:
@@ -100,19 +136,41 @@ def find_layers(site: Site) -> Found:
     return found
 
 
-def _weight_problem(site: Site, node: gs.Node) -> str:
-    weight = node.inputs[1]
-    if np.dtype(weight.dtype) != np.float32:
-        return f"its weight is {np.dtype(weight.dtype)}, not float32"
-    if len(weight.outputs) != 1:
+def _dequantize(tensor: gs.Tensor) -> gs.Node | None:
+    """The node that makes a weight float32, if that is what makes it."""
+    node = tensor.inputs[0] if len(tensor.inputs) == 1 else None
+    return node if node is not None and node.op == "DequantizeLinear" and not node.domain and len(node.inputs) > 1 else None
+
+
+def _weight_problem(site: Site, node: gs.Node, weight: gs.Constant, scaled: gs.Node | None) -> str:
+    dtype = np.dtype(weight.dtype)
+    if dtype != (np.float32 if scaled is None else np.int8):
+        return f"its weight is {dtype}, not float32" if scaled is None else f"its quantised weight is {dtype}, not int8"
+    if len(weight.outputs) != 1 or len(node.inputs[1].outputs) != 1:
         return "its weight is read by other nodes too"
     if 0 in weight.shape:
         return "its weight is empty"
+    if scaled is not None and _dequantize(node.inputs[0]) is not None:
+        return "its input is quantised too: see compile-int8"
     return f"needs opset {OPSET} or later" if site.model.opset < OPSET else ""
 
 
-def _conv(node: gs.Node) -> Layer | str:
-    weight = node.inputs[1]
+def _scaled(layer: Layer, node: gs.Node) -> Layer | str:
+    """The layer with the scales of its outputs; or why its DequantizeLinear is another thing than that."""
+    scale = constant_value(node.inputs[1])
+    zero = constant_value(node.inputs[2]) if has_input(node, 2) else np.zeros(1, np.int8)
+    if scale is None or scale.dtype != np.float32 or zero is None or zero.any() or node.attrs.get("block_size", 0):
+        return "its weight has computed scales, a zero point or blocks"
+    rank, axis = len(layer.weight.shape), int(node.attrs.get("axis", 1))
+    if scale.size > 1 and axis % rank != int(layer.transposed):
+        return "its weight has scales on another axis than that of the outputs"
+    scales = np.ascontiguousarray(np.broadcast_to(scale.reshape(-1), (layer.outputs,)))
+    if not ((scales > 0) & (scales < LARGEST_SCALE)).all():
+        return f"a scale of its weight is not above 0 and below {LARGEST_SCALE}"
+    return replace(layer, scales=scales, nodes=(node, *layer.nodes))
+
+
+def _conv(node: gs.Node, weight: gs.Constant) -> Layer | str:
     spatial = len(weight.shape) - 2
     if spatial not in (1, 2):
         return f"a convolution of {spatial} spatial axes"
@@ -138,8 +196,8 @@ def _conv(node: gs.Node) -> Layer | str:
     return Layer(node, weight, CONV, int(weight.shape[0]), int(weight.shape[1]) * groups, window, bias, nodes=(node,))
 
 
-def _gemm(node: gs.Node) -> Layer | str:
-    weight, attrs = node.inputs[1], node.attrs
+def _gemm(node: gs.Node, weight: gs.Constant) -> Layer | str:
+    attrs = node.attrs
     if attrs.get("transA", 0) or attrs.get("alpha", 1.0) != 1.0 or attrs.get("beta", 1.0) != 1.0:
         return "it has transA, alpha or beta"
     flipped = not attrs.get("transB", 0)
@@ -153,14 +211,13 @@ def _gemm(node: gs.Node) -> Layer | str:
     return replace(layer, bias=np.broadcast_to(bias.reshape(-1), (int(outputs),)))
 
 
-def _matmul(node: gs.Node) -> Layer | str:
-    weight = node.inputs[1]
+def _matmul(node: gs.Node, weight: gs.Constant) -> Layer | str:
     if len(weight.shape) != 2:
         return f"a product with a weight of {len(weight.shape)} axes"
     return Layer(node, weight, ROWS, int(weight.shape[1]), int(weight.shape[0]), nodes=(node,), transposed=True)
 
 
-_RULES: dict[str, Callable[[gs.Node], Layer | str]] = {"Conv": _conv, "Gemm": _gemm, "MatMul": _matmul}
+_RULES: dict[str, Callable[[gs.Node, gs.Constant], Layer | str]] = {"Conv": _conv, "Gemm": _gemm, "MatMul": _matmul}
 
 
 # ---- what follows
@@ -225,112 +282,3 @@ def _with_limits(site: Site, layer: Layer) -> Layer:
     if not limits[0] <= limits[1]:
         return layer
     return replace(layer, low=limits[0], high=limits[1], nodes=(*layer.nodes, node))
-
-
-# ---- the replacement
-
-
-def _decode(plan: SparsePlan, shape: Sequence[int]) -> list[onnx.NodeProto]:
-    """Nodes that make the dense weight of this shape, OIHW or [inputs, outputs], from `values` and `gaps`."""
-    rows, columns = plan.block
-    down, across = plan.outputs_ // rows, plan.columns // columns
-    numbers: dict[str, Any] = {
-        "size": [down * across, rows * columns], "one": [1], "column": [-1, 1], "cut": [down, across, rows, columns],
-        "axis": 0, "whole": [plan.outputs_, plan.columns] if plan.kind == ROWS else list(shape),
-    }  # fmt: skip
-    nodes = [helper.make_node("Constant", [], [name], value=_integers(value)) for name, value in numbers.items()]
-    nodes += [
-        helper.make_node("Cast", ["gaps"], ["steps"], to=onnx.TensorProto.INT64),
-        helper.make_node("CumSum", ["steps", "axis"], ["behind"]),
-        helper.make_node("Sub", ["behind", "one"], ["places"]),
-        helper.make_node("Reshape", ["places", "column"], ["indices"]),
-        helper.make_node("ConstantOfShape", ["size"], ["zeros"]),
-        helper.make_node("ScatterND", ["zeros", "indices", "values"], ["blocks"]),
-        helper.make_node("Reshape", ["blocks", "cut"], ["pieces"]),
-        helper.make_node("Transpose", ["pieces"], ["lines"], perm=[0, 2, 1, 3]),
-        helper.make_node("Reshape", ["lines", "whole"], ["matrix" if plan.kind == ROWS else "weight"]),
-    ]
-    if plan.kind == ROWS:
-        nodes.append(helper.make_node("Transpose", ["matrix"], ["weight"], perm=[1, 0]))
-    return nodes
-
-
-def _integers(value: Sequence[int] | int) -> onnx.TensorProto:
-    array = np.array(value, np.int64)
-    return helper.make_tensor("", onnx.TensorProto.INT64, array.shape, array.reshape(-1).tolist())
-
-
-def _body(layer: Layer, plan: SparsePlan) -> list[onnx.NodeProto]:
-    """What the layer's nodes compute, from x, residual, values, gaps and bias to y."""
-    nodes, last = _decode(plan, layer.weight.shape), "x"
-
-    def then(op: str, *inputs: str, **attributes: Any) -> None:
-        nonlocal last
-        name = f"step{len(nodes)}"
-        nodes.append(helper.make_node(op, [last, *inputs], [name], **attributes))
-        last = name
-
-    bias = ["bias"] if plan.bias else []
-    if plan.kind == CONV:
-        kept = {k: v for k, v in layer.node.attrs.items() if k in ("strides", "dilations", "pads", "group", "kernel_shape")}
-        then("Conv", "weight", *bias, **kept)
-    else:
-        then("MatMul", "weight")
-        if bias:
-            then("Add", "bias")
-    if plan.residual:
-        then("Add", "residual")
-    if (plan.low, plan.high) == (0.0, float("inf")):
-        then("Relu")
-    elif (plan.low, plan.high) != (float("-inf"), float("inf")):
-        for name, value in (("low", plan.low), ("high", plan.high)):
-            nodes.append(helper.make_node("Constant", [], [name], value=helper.make_tensor("", 1, [], [value])))
-        then("Clip", "low", "high")
-    nodes[-1].output[0] = "y"
-    return nodes
-
-
-def _function(model: Model, layer: Layer, plan: SparsePlan) -> onnx.FunctionProto:
-    inputs = ["x", *["residual"] * plan.residual, "values", "gaps", *["bias"] * plan.bias]
-    imports = [o for o in model.shell.opset_import if o.domain in ("", "ai.onnx")]
-    made = helper.make_function(OWN, "", inputs, ["y"], _body(layer, plan), imports, ["plan", "scales"])
-    made.doc_string = "a layer with sparse weights: what its node computes where the graphopt library is not loaded"
-    return made
-
-
-def _name(model: Model, function: onnx.FunctionProto) -> str | None:
-    """The name of an equal function of the model, or a free one for this, which is then added; None where none is free."""
-    mine = {f.name: f for f in model.shell.functions if f.domain == OWN and f.name.startswith(PREFIX)}
-    for name, known in mine.items():
-        function.name = name
-        if known.SerializeToString(deterministic=True) == function.SerializeToString(deterministic=True):
-            return str(name)
-    free = next((f"{PREFIX}{i}" for i in range(MAX_LAYERS) if f"{PREFIX}{i}" not in mine), None)
-    if free is not None:
-        function.name = free
-        model.shell.functions.append(function)
-        model.shell.ir_version = max(model.shell.ir_version, IR)
-    return free
-
-
-def replace_layer(site: Site, layer: Layer, block: Block, names: Names) -> str:
-    """Put the sparse node in the place of the layer's nodes; "" or why that cannot be. The graph must be sorted afterwards."""
-    plan = layer.plan(block)
-    operator = _name(site.model, _function(site.model, layer, plan))
-    if operator is None:
-        return f"there are {MAX_LAYERS} other kinds of sparse layers"
-    values, gaps = to_sparse(layer.matrix(), block)
-    constants = [names.constant(f"{layer.weight.name}_values", values), names.constant(f"{layer.weight.name}_gaps", gaps)]
-    if layer.bias is not None:
-        constants.append(names.constant(f"{layer.name}_bias", np.ascontiguousarray(layer.bias, np.float32)))
-    activations = [layer.node.inputs[0], *([layer.residual] if layer.residual is not None else [])]
-    output = layer.output
-    remove_nodes(site.model.graph, layer.nodes)
-    shape = site.shapes.shape(output.name)
-    output.dtype = output.dtype or np.dtype(np.float32)
-    if output.shape is None and shape is not None:
-        output.shape = [d if isinstance(d, int) else None for d in shape]
-    attributes = {"plan": plan.encode(), "scales": list(plan.scales)}
-    node = gs.Node(operator, names.fresh(layer.name), attributes, [*activations, *constants], [output], OWN)
-    site.model.graph.nodes.append(node)
-    return ""

@@ -204,6 +204,10 @@ class Windows(X86):
         """Four bytes of a window, in every lane."""
         return call(b, "llvm.x86.avx2.pshuf.b", self.i8, [window, indices])
 
+    def window_two(self, b: Builder, one: Value, two: Value) -> Value:
+        """The 16 bytes at each of two addresses, in one half of a vector each."""
+        return concat(b, [load(b, address, vector(I8, 16)) for address in (one, two)])
+
     def products(self, b: Builder, x: Value, w: Value) -> Value:
         """int16: sums of two products."""
         return call(b, "llvm.x86.avx2.pmadd.ub.sw", self.i16, [x, w])

@@ -18,6 +18,8 @@ from graphopt.kernels import (
     engine_rows,
     engine_run,
     engine_state,
+    engine_unpack,
+    quads,
 )
 from graphopt.kernels.abi import lock, stack64, symaddr, unlock
 from graphopt.kernels.engine_bind import bind_arena, bind_bytes, bind_lives, bind_padding, bind_sizes
@@ -74,13 +76,14 @@ from graphopt.kernels.engine_state import (
     step_at,
     within,
 )
+from graphopt.kernels.engine_unpack import unpack_all
 from graphopt.kernels.exports import Export
 from graphopt.kernels.externs import extern, link
 from graphopt.kernels.isa import RUNGS
 from graphopt.kernels.memory import copy, fill, free, malloc, text
 from graphopt.kernels.micro_table import look_up
 from graphopt.kernels.microkernels import kernels
-from graphopt.kernels.plan import HEADER, MAGIC, MAX_CHANNELS, STEP, TENSOR, VERSION
+from graphopt.kernels.plan import HEADER, MAGIC, MAX_CHANNELS, PACK, STEP, TENSOR, VERSION
 from graphopt.kernels.region import Engine
 
 SUFFIX = ""  # of the names of functions
@@ -89,13 +92,18 @@ LARGEST = 1 << 31  # of the numbers in a step
 KEPT = 16  # idle instances that a handle keeps; more are freed
 
 
+def plan_length(plan: int) -> int:
+    """Integers that its header asks for."""
+    return HEADER + TENSOR * get(plan, 2) + STEP * get(plan, 3) + PACK * get(plan, 7)
+
+
 def check_header(plan: int, plan_len: int, n_consts: int, error: int) -> int:
     if plan_len < HEADER or get(plan, 0) != MAGIC or get(plan, 1) != VERSION:
         return fail(error, text("not a region plan of this version of graphopt"), -1, plan_len)
-    for slot in range(2, 7):
+    for slot in range(2, HEADER):
         if get(plan, slot) < 0 or get(plan, slot) > MAX_TENSORS:
             return fail(error, text("a count in the plan's header is out of range"), -1, get(plan, slot))
-    if plan_len != HEADER + TENSOR * get(plan, 2) + STEP * get(plan, 3):
+    if plan_len != plan_length(plan):
         return fail(error, text("the plan's length does not fit its header"), -1, plan_len)
     if get(plan, 6) != n_consts:
         return fail(error, text("the plan was made for another number of constants"), -1, n_consts)
@@ -154,6 +162,9 @@ def fill_handle(handle: int, plan: int, scales: int, n_scales: int, consts: int,
     if copy_plan(handle, plan, scales, n_scales, consts, error) == 0:
         return 0
     if check_numbers(handle, error) == 0 or check_constants(handle, n_consts, error) == 0:
+        return 0
+    packs = get(plan, 7)
+    if unpack_all(handle, plan + 8 * (plan_length(plan) - PACK * packs), packs, n_consts, error) == 0:
         return 0
     scratch = own(handle, 8 * (get(handle, H_OUTPUTS) + 8))
     if scratch == 0:
@@ -330,8 +341,8 @@ SIGNED, TILES, MIN_ROW, CHUNK = 0, 0, 0, 0
 PACK_PANELS, PANEL_BYTES, PACK_DEPTHWISE, DEPTHWISE_BYTES, PACK_CHANNELS, CHANNELS_BYTES = "", "", "", "", "", ""
 
 COMMON = (
-    check_header, copy_plan, check_numbers, check_constants, fill_handle, create_for, destroy_instance, destroy, bind, same_shapes,
-    take_idle, acquire, release, output_shape, output_type,
+    plan_length, check_header, copy_plan, check_numbers, check_constants, fill_handle, create_for, destroy_instance, destroy, bind,
+    same_shapes, take_idle, acquire, release, output_shape, output_type,
 )  # fmt: skip
 PACKERS = {"pack_panels": 4, "panel_bytes": 1, "pack_depthwise": 4, "depthwise_bytes": 2, "pack_channels": 3, "channels_bytes": 1}
 
@@ -339,7 +350,7 @@ PACKERS = {"pack_panels": 4, "panel_bytes": 1, "pack_depthwise": 4, "depthwise_b
 @cache
 def common() -> tuple[list[Export], dict[str, Any]]:
     """What is the same for every rung: checking, packing, laying out memory."""
-    modules = (engine_state, engine_check, engine_pack, engine_bind, engine_conv, engine_rows)
+    modules = (engine_state, engine_unpack, quads, engine_check, engine_pack, engine_bind, engine_conv, engine_rows)
     return link([*(t for m in modules for t in m.TEMPLATES), *COMMON], "", {})
 
 

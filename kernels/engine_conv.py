@@ -16,6 +16,7 @@ from graphopt.kernels.engine_pack import (
     S_PANELS,
     S_PHASE_X,
     S_PHASE_Y,
+    S_QUADS,
     S_SCALE,
     S_TILE_GROUPS,
     S_TILE_OFFSETS,
@@ -60,6 +61,7 @@ from graphopt.kernels.layout import (
     CONV_PANEL,
     CONV_PANELS,
     CONV_PIXELS,
+    CONV_QUADS,
     CONV_RES_PIXELS,
     CONV_RESIDUAL,
     CONV_ROW_PITCH,
@@ -152,8 +154,9 @@ def entry_table(instance: int, part: int, row_bytes: int, pitch: int) -> int:
 
 
 def average_groups(part: int) -> int:
-    """Groups of 4 taps of one panel."""
-    return get(part, S_GROUPS) if get(part, S_FIRSTS) == 0 else max(1, get(part, S_GROUPS) // get(part, S_PANELS))
+    """Groups of 4 taps of one panel of 16 channels; four groups of 4 channels count as one."""
+    panels = get(part, S_PANELS) * (1 + 3 * get(part, S_QUADS))
+    return get(part, S_GROUPS) if get(part, S_FIRSTS) == 0 else max(1, get(part, S_GROUPS) // panels)
 
 
 def conv_row(handle: int, instance: int, s: int, part: int, pitches: int) -> int:
@@ -181,6 +184,7 @@ def conv_row(handle: int, instance: int, s: int, part: int, pitches: int) -> int
     groups = average_groups(part)
     put(row, CONV_GROUPS, groups)
     put(row, CONV_FIRSTS, get(part, S_FIRSTS))
+    put(row, CONV_QUADS, get(part, S_QUADS))
     put(row, CONV_WEIGHTS, get(part, S_WEIGHTS))
     put(row, CONV_PANEL, get(part, S_PANEL))
     put(row, CONV_COMP, get(part, S_COMP))

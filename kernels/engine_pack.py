@@ -35,7 +35,8 @@ from graphopt.kernels.engine_state import (
 )
 from graphopt.kernels.memory import copy, fill, free, ldf, lds8, malloc, st32, stf, stu8
 from graphopt.kernels.plan import CONV, IOHW, KN
-from graphopt.kernels.windows import MATCHED, MOST_GROUPS, SECTIONS, WINDOW, pack_windows
+from graphopt.kernels.quads import pack_best
+from graphopt.kernels.windows import MATCHED, MOST_GROUPS, WINDOW
 from graphopt.kernels.windows import TEMPLATES as WINDOWS
 
 # a packed convolution: how it runs, and one part for each group and each phase of a transposed one
@@ -47,18 +48,14 @@ P_ANY_WEIGHTS, P_ANY_COMP, P_ANY_SCALE, P_TAPS = 6, 7, 8, 9  # depthwise, any ke
 PACKED = 10
 DENSE, DEPTHWISE_FAST, DEPTHWISE_ANY = 1, 2, 3
 
-S_WEIGHTS = 0
-S_PANEL = 1
-S_GROUPS = 2
-S_COMP = 3
-S_SCALE = 4
-S_PANELS = 5
+S_WEIGHTS, S_PANEL, S_GROUPS, S_COMP, S_SCALE, S_PANELS = range(6)
 S_OFFSETS = 6  # int32 [groups][3]: rows, columns and bytes to go for each group of 4 input bytes
 S_PHASE_Y, S_PHASE_X = 7, 8
 S_FIRST_IN, S_FIRST_OUT, S_CHANNELS = 9, 10, 11  # channel ranges of a group
 S_BIAS = 12  # float32 [panels * 16], or 0
 S_FIRSTS = 17  # windows: int32 [panels * SECTIONS + 1]; S_ENTRIES: int32 [groups][2]; S_OFFSETS is of windows then
 S_ENTRIES = 18
+S_QUADS = 19  # 1: these are of panels of 4 channels
 S_TILE_WEIGHTS, S_TILE_PANEL, S_TILE_GROUPS, S_TILE_OFFSETS = 13, 14, 15, 16  # the same for tiles (AMX), 0 groups: not used
 PART = 20
 
@@ -172,7 +169,7 @@ def pack_part_windows(handle: int, s: int, part: int, per: int, outs: int, fused
     count = max(1, list_groups(handle, s, part, 0, 0, 0, WINDOW, fused, per, outs))
     panels = (get(part, S_CHANNELS) + 15) // 16
     width, most = count * WINDOW, count * MOST_GROUPS * panels
-    offsets, entries, firsts = own(handle, count * 12), own(handle, most * 8), own(handle, 4 * SECTIONS * panels + 4)
+    offsets, entries, firsts = own(handle, count * 12), own(handle, most * 32), own(handle, 16 * panels + 4)
     weights = own(handle, most * 64 + 256)
     wk = malloc(panels * 16 * width + 64 + count * MATCHED)
     if wk == 0 or offsets == 0 or entries == 0 or firsts == 0 or weights == 0:
@@ -181,7 +178,9 @@ def pack_part_windows(handle: int, s: int, part: int, per: int, outs: int, fused
     fill(wk, 0, panels * 16 * width)
     fill(offsets, 0, count * 12)
     list_groups(handle, s, part, offsets, wk, width, WINDOW, fused, per, outs)
-    put(part, S_GROUPS, pack_windows(wk, count, panels, weights, entries, firsts, wk + panels * 16 * width))
+    found = pack_best(wk, count, panels, weights, entries, firsts, wk + panels * 16 * width)
+    put(part, S_GROUPS, abs(found))
+    put(part, S_QUADS, 1 if found < 0 else 0)
     put(part, S_WEIGHTS, weights)
     put(part, S_PANELS, panels)
     put(part, S_OFFSETS, offsets)

@@ -36,6 +36,7 @@ from graphopt.kernels.layout import (
     CONV_OUTPUT,
     CONV_PANEL,
     CONV_PANELS,
+    CONV_QUADS,
     CONV_RESIDUAL,
     CONV_SCALE,
     CONV_WEIGHTS,
@@ -262,7 +263,7 @@ def conv_panels(row: int, first: int, last: int) -> None:
     put(own, CONV_PANELS, last - first)
     put(own, CONV_CHANNELS, get(row, CONV_CHANNELS) - 16 * first)
     put(own, CONV_WEIGHTS, get(row, CONV_WEIGHTS) + first * get(row, CONV_PANEL))
-    put(own, CONV_FIRSTS, get(row, CONV_FIRSTS) + 4 * SECTIONS * first)
+    put(own, CONV_FIRSTS, get(row, CONV_FIRSTS) + 4 * first * (4 if get(row, CONV_QUADS) == 1 else SECTIONS))
     put(own, CONV_OUTPUT, get(row, CONV_OUTPUT) + first * (64 if get(row, CONV_MODE) == MODE_F32 else 16))
     put(own, CONV_RESIDUAL, get(row, CONV_RESIDUAL) + 16 * first)
     put(own, CONV_COMP, get(row, CONV_COMP) + 64 * first)

@@ -38,6 +38,7 @@ CONV_ROW_PITCH = 23  # AMX: bytes between the input pixels of one tile row
 CONV_TILES = 24  # AMX: int32 [pairs * 2]: base offset of each tile of 16 pixels
 CONV_SCRATCH = 25  # AMX: 64-byte aligned scratch of the executing thread: 3 * 4096 bytes
 CONV_FIRSTS = 26  # windows: int32 [panels * 3 + 1], the first group of each section; CONV_K is int32 [groups][2]: offset, indices
+CONV_QUADS = 27  # windows: 1 where these panels are of 4 channels, four times CONV_PANELS, with weights s8 [groups][4][4]
 
 MODE_U8 = 0  # u8 output
 MODE_SUM = 1  # u8 output after a residual sum

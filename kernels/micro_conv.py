@@ -19,6 +19,7 @@ from graphopt.kernels.vectors import (
     Builder,
     Value,
     clamp,
+    concat,
     const,
     load,
     load_index,
@@ -229,3 +230,53 @@ def conv_tiles(d: Dialect, pixels: int, panels: int, half: bool = False) -> Any:
         loop(b, start, stop, pixels, [], body)
 
     return procedure(f"graphopt_conv_{d.isa.name}_{pixels}x{panels}{'_half' * half}", 4, emit)
+
+
+def conv_quads(d: Dialect, pixels: int) -> Any:
+    """As `conv_tiles` for a panel of 16 channels whose weights come in four panels of 4, each with groups of its own.
+
+    Two pixels share a vector, 4 channels each; sums go through memory, to where the epilogue finds 16 channels a pixel.
+    """
+    assert isinstance(d, Windows)
+
+    def emit(b: Builder, row: Value, panel: Value, start: Value, stop: Value) -> None:
+        tile = Tile(d, row, panel, pixels, 16 // d.lanes)
+        with b.goto_entry_block():
+            buffer = b.ptrtoint(b.alloca(vector(I32, 16 * pixels)), I64)
+
+        def body(pixel: Value, _: list[Value]) -> list[Value]:
+            loop(b, const(0), const(4), 1, [], lambda quad, _: _accumulate_quad(b, tile, d, pixel, quad, buffer))
+            epilogue(b, tile, lambda r, j: load(b, buffer, d.i32, 64 * r + 4 * d.lanes * j), pixel)
+            return []
+
+        loop(b, start, stop, pixels, [], body)
+
+    return procedure(f"graphopt_conv_{d.isa.name}_{pixels}_quads", 4, emit)
+
+
+def _accumulate_quad(b: Builder, tile: Tile, d: Windows, pixel: Value, quad: Value, buffer: Value) -> list[Value]:
+    """comp + all of K for 4 channels of the tile's pixels, into int32 buffer [pixels][16]."""
+    table = scaled(b, tile.field(b, layout.CONV_PIXELS), pixel, 4)
+    base = tile.field(b, layout.CONV_INPUT)
+    inputs = [b.add(base, load_index(b, table, 4 * r)) for r in range(tile.pixels)]
+    weights, entries = tile.field(b, layout.CONV_WEIGHTS), tile.field(b, layout.CONV_K)
+    which = b.add(b.mul(tile.panel, const(4)), quad)
+    firsts = scaled(b, tile.field(b, layout.CONV_FIRSTS), which, 4)
+    comp = load(b, scaled(b, tile.field(b, layout.CONV_COMP), which, 16), vector(I32, 4))
+
+    def body(group: Value, acc: list[Value]) -> list[Value]:
+        entry = scaled(b, entries, group, 8)
+        offset, indices = load_index(b, entry), d.indices(b, load(b, entry, I32, 4))
+        w = load(b, scaled(b, weights, group, 16), vector(I8, 16))
+        for i in range(tile.pixels // 2):
+            one, two = (b.add(address, offset) for address in inputs[2 * i : 2 * i + 2])
+            x = d.pick(b, d.window_two(b, one, two), indices)
+            acc[i] = d.widened(b, acc[i], d.products(b, x, concat(b, [w, w])))
+        return acc
+
+    acc = loop(b, load_index(b, firsts), load_index(b, firsts, 4), 1, [concat(b, [comp, comp])] * (tile.pixels // 2), body)
+    target = scaled(b, buffer, quad, 16)
+    for i, value in enumerate(acc):
+        for half in (0, 1):
+            store(b, shuffle(b, value, None, range(4 * half, 4 * half + 4)), target, 64 * (2 * i + half))
+    return []

@@ -33,8 +33,9 @@ from graphopt.kernels.vectors import (
 )
 
 # slots of the record S that the kernels read
-(S_DX, S_DY, S_CHANNEL, S_STARTS, S_OFFSETS, S_VALUES, S_BIAS, S_LIMITS, S_LAST_X, S_LAST_Y) = range(10)
-RECORD = 10
+(S_DX, S_DY, S_CHANNEL, S_STARTS, S_OFFSETS, S_VALUES, S_BIAS, S_LIMITS, S_STEP) = range(9)
+RECORD = 9
+(TILE_X, TILE_Y, TILE_VECTORS, TILE_LAST) = range(4)  # slots of a tile: see sparse_state
 WIDTHS = {1: 8, 4: 3}  # most vectors of pixels abreast, by rows of a block: what sixteen registers hold
 
 
@@ -44,26 +45,26 @@ def multiply_add(b: Builder, isa: Isa, x: Value, y: Value, z: Value) -> Value:
     return lanewise(b, "fma", x, y, z) if fused else b.fadd(b.fmul(x, y), z)
 
 
-def _finish(b: Builder, value: Value, low: Value, high: Value) -> Value:
+def finish(b: Builder, value: Value, low: Value, high: Value) -> Value:
     """Within limits; NaN stays."""
     value = b.select(b.fcmp_ordered("<", value, low), low, value)
     return b.select(b.fcmp_ordered(">", value, high), high, value)
 
 
 def spmm(isa: Isa, rows: int) -> Any:
-    """void(S, x, y, r, n0, n1, width): block rows [n0, n1) of `width` vectors of pixels from x (input) and y (output) on.
+    """void(S, x, y, r, n0, n1, tiles, count): block rows [n0, n1) of tiles, all of as many vectors of pixels as the first.
 
-    r: the residual, or 0; it may be the output. S_DX, S_DY: bytes from one vector to the next in the input, and in output and
-    residual; S_LAST_X, S_LAST_Y: from the first vector to the last; S_CHANNEL: from one output channel to the next. S_STARTS: int32
-    [block rows + 1]; S_OFFSETS: int32, bytes from x to the input of each block; S_VALUES: float32 [blocks][rows]; S_BIAS: float32
-    [block rows * rows]; S_LIMITS: float32 low, high.
+    A tile: int64 [4], bytes from x (input), and from y (output) and r (residual, or 0; it may be the output), to its first vector,
+    vectors, and bytes from the first to the last, or -1 where it lies as the others do. S_DX, S_DY: bytes from one vector to the
+    next in the input, and in output and residual; S_CHANNEL: from one output channel to the next. S_STARTS: of each block row,
+    S_STEP bytes apart, int32 [2]: its first block and the one behind its last; S_OFFSETS: int32, bytes from x to the input of each
+    block; S_VALUES: float32 [blocks][rows]; S_BIAS: float32 [block rows * rows]; S_LIMITS: float32 low, high.
     """
 
     def emit(b: Builder, *arguments: Value) -> None:
-        *given, width = arguments
-        none = b.icmp_signed("==", given[3], const(0))
+        none = b.icmp_signed("==", arguments[3], const(0))
         done, unknown = b.append_basic_block("done"), b.append_basic_block("unknown")
-        choice = b.switch(width, unknown)
+        choice = b.switch(load(b, arguments[6], I64, 8 * TILE_VECTORS), unknown)
         for w in range(1, WIDTHS[rows] + 1):
             block = b.append_basic_block(f"width{w}")
             choice.add_case(const(w), block)
@@ -72,57 +73,78 @@ def spmm(isa: Isa, rows: int) -> Any:
                 for branch, residual in ((plain, False), (summed, True)):
                     with branch:
                         name = f"graphopt_spmm_{isa.name}_{rows}x{w}{'_sum' * residual}"
-                        b.call(local(b, name, [I64] * 6, ir.VoidType(), _tile(isa, rows, w, residual)), given)
+                        b.call(local(b, name, [I64] * 8, ir.VoidType(), _tiles(isa, rows, w, residual)), arguments)
             b.branch(done)
         b.position_at_end(unknown)
         b.branch(done)
         b.position_at_end(done)
 
-    return procedure(f"graphopt_spmm_{isa.name}_{rows}", 7, emit)
+    return procedure(f"graphopt_spmm_{isa.name}_{rows}", 8, emit)
 
 
-def _tile(isa: Isa, rows: int, width: int, residual: bool) -> Callable[..., None]:
-    lanes, kind = isa.lanes, vector(F32, isa.lanes)
-
-    def emit(b: Builder, record: Value, x: Value, y: Value, r: Value, n0: Value, n1: Value) -> None:
+def _tiles(isa: Isa, rows: int, width: int, residual: bool) -> Callable[..., None]:
+    def emit(b: Builder, record: Value, x: Value, y: Value, r: Value, n0: Value, n1: Value, tiles: Value, count: Value) -> None:
         fields = [load(b, record, I64, 8 * i) for i in range(RECORD)]
-        dx, dy, channel, starts, offsets, values, bias, limits, last_x, last_y = fields
-        inputs = [b.add(x, b.mul(dx, const(v)) if v < width - 1 or not v else last_x) for v in range(width)]
-        places = [b.mul(dy, const(v)) if v < width - 1 or not v else last_y for v in range(width)]
-        low, high = (splat(b, load(b, limits, F32, 4 * i), lanes) for i in range(2))
 
-        def product(j: Value, acc: list[Value]) -> Sequence[Value]:
-            offset, weights = load_index(b, scaled(b, offsets, j, 4)), scaled(b, values, j, 4 * rows)
-            pixels = [load(b, b.add(address, offset), kind) for address in inputs]
-            for i in range(rows):
-                weight = splat(b, load(b, weights, F32, 4 * i), lanes)
-                for v in range(width):
-                    acc[i * width + v] = multiply_add(b, isa, weight, pixels[v], acc[i * width + v])
-            return acc
-
-        def block_row(n: Value, _: list[Value]) -> list[Value]:
-            first = scaled(b, bias, n, 4 * rows)
-            acc = [splat(b, load(b, first, F32, 4 * i), lanes) for i in range(rows) for _ in range(width)]
-            start, stop = (load_index(b, scaled(b, starts, n, 4), 4 * i) for i in range(2))
-            acc = loop(b, start, stop, 1, acc, product)
-            place = b.mul(b.mul(n, const(rows)), channel)
-            for i in range(rows):
-                row = b.add(place, b.mul(channel, const(i)))
-                results = acc[i * width : (i + 1) * width]
-                if residual:  # all are read before any is written: the last vectors may overlap, and r be y
-                    before = [load(b, b.add(r, b.add(row, at)), kind) for at in places]
-                    results = [b.fadd(value, other) for value, other in zip(results, before, strict=True)]
-                for value, at in zip(results, places, strict=True):
-                    store(b, _finish(b, value, low, high), b.add(y, b.add(row, at)))
+        def tile(t: Value, _: list[Value]) -> list[Value]:
+            place = scaled(b, tiles, t, 32)
+            first, target, last = (load(b, place, I64, 8 * slot) for slot in (TILE_X, TILE_Y, TILE_LAST))
+            steps = []
+            for pitch in fields[:2]:
+                usual = b.mul(pitch, const(width - 1))
+                final = b.select(b.icmp_signed("<", last, const(0)), usual, last)
+                steps.append([*(b.mul(pitch, const(v)) for v in range(width - 1)), final] if width > 1 else [const(0)])
+            inputs = [b.add(b.add(x, first), step) for step in steps[0]]
+            _block_rows(
+                b, isa, rows, fields, (inputs, steps[1]), (b.add(y, target), b.add(r, target) if residual else None), n0, n1
+            )
             return []
 
-        loop(b, n0, n1, 1, [], block_row)
+        loop(b, const(0), count, 1, [], tile)
 
     return emit
 
 
+def _block_rows(
+    b: Builder, isa: Isa, rows: int, fields: list[Value], vectors: tuple[list[Value], list[Value]], ends: tuple[Value, Any],
+    n0: Value, n1: Value,
+) -> None:  # fmt: skip
+    """One tile. vectors: where each is in the input, and how far from the `ends`, in output and residual."""
+    lanes, kind = isa.lanes, vector(F32, isa.lanes)
+    _, _, channel, starts, offsets, values, bias, limits, step = fields
+    (inputs, places), (y, r), width = vectors, ends, len(vectors[0])
+    low, high = (splat(b, load(b, limits, F32, 4 * i), lanes) for i in range(2))
+
+    def product(j: Value, acc: list[Value]) -> Sequence[Value]:
+        offset, weights = load_index(b, scaled(b, offsets, j, 4)), scaled(b, values, j, 4 * rows)
+        pixels = [load(b, b.add(address, offset), kind) for address in inputs]
+        for i in range(rows):
+            weight = splat(b, load(b, weights, F32, 4 * i), lanes)
+            for v in range(width):
+                acc[i * width + v] = multiply_add(b, isa, weight, pixels[v], acc[i * width + v])
+        return acc
+
+    def block_row(n: Value, _: list[Value]) -> list[Value]:
+        first = scaled(b, bias, n, 4 * rows)
+        acc = [splat(b, load(b, first, F32, 4 * i), lanes) for i in range(rows) for _ in range(width)]
+        start, stop = (load_index(b, b.add(starts, b.mul(n, step)), 4 * i) for i in range(2))
+        acc = loop(b, start, stop, 1, acc, product)
+        place = b.mul(b.mul(n, const(rows)), channel)
+        for i in range(rows):
+            row = b.add(place, b.mul(channel, const(i)))
+            results = acc[i * width : (i + 1) * width]
+            if r is not None:  # all are read before any is written: the last vectors may overlap, and r be y
+                before = [load(b, b.add(r, b.add(row, at)), kind) for at in places]
+                results = [b.fadd(value, other) for value, other in zip(results, before, strict=True)]
+            for value, at in zip(results, places, strict=True):
+                store(b, finish(b, value, low, high), b.add(y, b.add(row, at)))
+        return []
+
+    loop(b, n0, n1, 1, [], block_row)
+
+
 def dot(isa: Isa, rows: int) -> Any:
-    """void(S, x, y, r, n0, n1): block rows [n0, n1) of one row of features; offsets are bytes from x, r: the residual, or zeros."""
+    """void(S, x, y, r, n0, n1): block rows [n0, n1) of one row of features; offsets: bytes from x, r: residual or zeros."""
     kind = F32 if rows == 1 else vector(F32, rows)
     abreast = 4  # sums in flight
 
@@ -137,6 +159,7 @@ def dot(isa: Isa, rows: int) -> Any:
 
     def emit(b: Builder, record: Value, x: Value, y: Value, r: Value, n0: Value, n1: Value) -> None:
         starts, offsets, values, bias, limits = (load(b, record, I64, 8 * i) for i in range(S_STARTS, S_LIMITS + 1))
+        far = load(b, record, I64, 8 * S_STEP)
         low, high = (load(b, limits, F32, 4 * i) for i in range(2))
         if rows > 1:
             low, high = splat(b, low, rows), splat(b, high, rows)
@@ -144,7 +167,7 @@ def dot(isa: Isa, rows: int) -> Any:
 
         def block_row(n: Value, _: list[Value]) -> list[Value]:
             place = b.mul(n, const(4 * rows))
-            start, stop = (load_index(b, scaled(b, starts, n, 4), 4 * i) for i in range(2))
+            start, stop = (load_index(b, b.add(starts, b.mul(b.add(n, const(i)), far))) for i in range(2))
             whole = b.add(start, b.and_(b.sub(stop, start), const(-abreast)))
             acc = [b.fadd(load(b, b.add(bias, place), kind), load(b, b.add(r, place), kind)), *[zero] * (abreast - 1)]
             fields = [offsets, values]
@@ -156,7 +179,7 @@ def dot(isa: Isa, rows: int) -> Any:
                 b, whole, stop, 1, [b.fadd(b.fadd(acc[0], acc[1]), b.fadd(acc[2], acc[3]))],
                 lambda j, acc: [step(b, fields, x, j, acc[0])],
             )  # fmt: skip
-            store(b, _finish(b, total, low, high), b.add(y, place))
+            store(b, finish(b, total, low, high), b.add(y, place))
             return []
 
         loop(b, n0, n1, 1, [], block_row)
@@ -187,8 +210,27 @@ def transpose(isa: Isa) -> Any:
     return procedure(f"graphopt_transpose_{isa.name}", 4, emit)
 
 
-def line(isa: Isa, step: int) -> Any:
-    """void(target, source, count): target[i] = source[i * step] of floats, step 1 or 2; nothing beyond the last is touched."""
+def plane(isa: Isa, step: int) -> Any:
+    """void(target, target_pitch, source, source_pitch, lines, count): target[y][i] = source[y][i * step], pitches in bytes.
+
+    Of floats, step 1 or 2; nothing beyond the last is touched.
+    """
+
+    def emit(
+        b: Builder, target: Value, target_pitch: Value, source: Value, source_pitch: Value, lines: Value, count: Value
+    ) -> None:
+        one = local(b, f"graphopt_line_{isa.name}_{step}", [I64] * 3, ir.VoidType(), _line(isa, step))
+
+        def body(i: Value, _: list[Value]) -> list[Value]:
+            b.call(one, [b.add(target, b.mul(target_pitch, i)), b.add(source, b.mul(source_pitch, i)), count])
+            return []
+
+        loop(b, const(0), lines, 1, [], body)
+
+    return procedure(f"graphopt_plane_{isa.name}_{step}", 6, emit)
+
+
+def _line(isa: Isa, step: int) -> Callable[..., None]:
     lanes, kind = isa.lanes, vector(F32, isa.lanes)
 
     def part(b: Builder, target: Value, source: Value, i: Value) -> None:
@@ -221,4 +263,4 @@ def line(isa: Isa, step: int) -> Any:
         b.branch(done)
         b.position_at_end(done)
 
-    return procedure(f"graphopt_line_{isa.name}_{step}", 3, emit)
+    return emit

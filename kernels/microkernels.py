@@ -18,6 +18,7 @@ from graphopt.kernels.layout import (
     CONV_CHANNELS,
     CONV_M,
     CONV_PANELS,
+    CONV_QUADS,
     DW_ACROSS,
     DW_C,
     DW_INPUT,
@@ -26,7 +27,7 @@ from graphopt.kernels.layout import (
     DW_STRIDE,
 )
 from graphopt.kernels.memory import ld64
-from graphopt.kernels.micro_conv import conv_tiles
+from graphopt.kernels.micro_conv import conv_quads, conv_tiles
 from graphopt.kernels.micro_depthwise import depthwise_chunk
 from graphopt.kernels.specialise import specialise
 
@@ -39,6 +40,8 @@ tiles4: Any = None
 single1: Any = None
 single4: Any = None
 half8: Any = None
+quads2: Any = None
+quads8: Any = None
 gemv_panels: Any = None
 begin: Any = None
 end: Any = None
@@ -110,8 +113,17 @@ def conv(S: int, m0: int, m1: int) -> None:
             n += wide
 
 
+def gemv_windows(S: int, n0: int, n1: int) -> None:
+    """As `gemv`, where panels may be of 4 channels."""
+    for n in range(n0, n1):
+        if ld64(S + 8 * CONV_QUADS) == 1:
+            quads2(S, n, 0, 1)
+        else:
+            single1(S, n, 0, 1)
+
+
 def conv_windows(S: int, m0: int, m1: int) -> None:
-    """As `conv`, panel by panel; a last panel of at most 8 channels is done by halves."""
+    """As `conv`, panel by panel; a last panel of at most 8 channels is done by halves. Or with panels of 4 channels."""
     panels, block = ld64(S + 8 * CONV_PANELS), max(1, ld64(S + 8 * CONV_BLOCK))
     whole = panels
     if ld64(S + 8 * CONV_M) > 1 and panels * 16 - ld64(S + 8 * CONV_CHANNELS) >= 8:
@@ -120,6 +132,12 @@ def conv_windows(S: int, m0: int, m1: int) -> None:
         stop = min(m1, start + block)
         rest = (stop - start) % 4
         tail = stop - rest if rest < 3 else stop
+        if ld64(S + 8 * CONV_QUADS) == 1:
+            eights = start + (stop - start) // 8 * 8
+            for n in range(panels):
+                quads8(S, n, start, eights)
+                quads2(S, n, eights, stop)
+            continue
         for n in range(whole):
             tiles1(S, n, start, tail)
             single1(S, n, tail, stop)
@@ -202,7 +220,9 @@ def _conv(isa: Isa) -> dict[str, Any]:
     if isa.windows:
         one = conv_tiles(d, 1, 1)
         scope = {"tiles1": conv_tiles(d, isa.gemm[0], 1), "single1": one, "half8": conv_tiles(d, 8, 1, True)}
-        vector = specialise(gemv, isa.name, single1=one, single4=one, ABREAST=1)
+        quads = {f"quads{pixels}": conv_quads(d, pixels) for pixels in (2, 8)}
+        scope |= quads
+        vector = specialise(gemv_windows, isa.name, single1=one, quads2=quads["quads2"])
         return {"gemv": vector, "conv": specialise(conv_windows, isa.name, **scope)}
     sizes = dict(enumerate(isa.gemm, 1))
     wide = {f"tiles{n}": conv_tiles(d, sizes[n], n) if n in sizes else None for n in (1, 2, 3, 4)}

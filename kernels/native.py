@@ -100,7 +100,7 @@ class Region:
 
 
 class SparseLayer(Region):
-    """The same for a sparse plan; constants: values, gaps, and the bias if there is one."""
+    """The same for a sparse plan; constants: values, places, the scales and the bias if there are any."""
 
     ENGINE = "sparse_engine"
 

@@ -4,9 +4,12 @@ A plan says what to compute, not how: it knows no shapes but those of weights, n
 the weights for the CPU it finds, and lays out memory for the shapes it is given. Plans are stored in the model, as the attributes
 `plan` (int64s) and `scales` (float32s) of a node `graphopt.Int8Region<n>`, whose inputs are the activations, then the constants.
 
-    header   8 slots: MAGIC, VERSION, tensors, steps, activations, outputs, constants, 0
+    header   8 slots: MAGIC, VERSION, tensors, steps, activations, outputs, constants, packed weights
     tensors  2 slots each: channels, zero point
     steps    32 slots each: the kind, then the fields of SLOTS
+    packed   10 slots each: K_VALUES, ..., of weights that are stored in blocks, without those that are zero: constant `values`
+             is int8 [blocks, rows * columns], `gaps` uint8 [blocks], as in sparse_plan.py, of the matrix [outputs, the rest]
+             of the weight (turned: of its transpose). Steps find the dense weight in the place of `values`
 
 A tensor is u8 [H, W, C], one image of the batch. Signed activations are stored with 128 added, and so are their zero points.
 Fields that name nothing hold -1. `*_scale` fields are positions in `scales`; constants are numbered from 0.
@@ -35,6 +38,8 @@ VERSION = 1
 HEADER = 8
 TENSOR = 2
 STEP = 32
+PACK = 10
+(K_VALUES, K_GAPS, K_ROWS, K_COLUMNS, K_TURNED, K_RANK, K_DIMS) = range(7)  # up to four dimensions
 MAX_REGIONS = 64  # operators Int8Region0 ... Int8Region63: onnxruntime before 1.24 confuses overloads of one function name
 MAX_CHANNELS = 65536
 DOMAIN = "graphopt"
@@ -147,6 +152,22 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A weight that is stored in blocks: positions of its constants, and what is made of them."""
+
+    values: int
+    gaps: int
+    block: tuple[int, int]
+    shape: tuple[int, ...]
+    turned: bool = False
+
+    def encode(self) -> list[int]:
+        """Its slots."""
+        row = [self.values, self.gaps, *self.block, int(self.turned), len(self.shape), *self.shape]
+        return row + [0] * (PACK - len(row))
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a region computes. `scales` are float32 values; constants and activations are only counted here."""
 
@@ -156,10 +177,11 @@ class Plan:
     activations: int
     outputs: int
     constants: int
+    packed: Sequence[Packed] = ()
 
     def encode(self) -> list[int]:
         """The integers of the attribute `plan`."""
-        row = [MAGIC, VERSION, len(self.tensors), len(self.steps), self.activations, self.outputs, self.constants, 0]
+        row = [MAGIC, VERSION, len(self.tensors), len(self.steps), self.activations, self.outputs, self.constants, len(self.packed)]
         for tensor in self.tensors:
             row += [tensor.channels, tensor.zero]
         for step in self.steps:
@@ -168,7 +190,7 @@ class Plan:
             for name, slot in SLOTS[step.kind].items():
                 slots[slot] = getattr(step, name)
             row += slots
-        return row
+        return row + [number for packed in self.packed for number in packed.encode()]
 
 
 def step(kind: int, **fields: int) -> Step:
@@ -183,8 +205,8 @@ def decode(row: Sequence[int], scales: Sequence[float]) -> Plan:
     """The plan in the attributes of a node. ValueError where they are not one (the engine checks far more)."""
     if len(row) < HEADER or row[0] != MAGIC or row[1] != VERSION:
         raise ValueError("not a region plan of this version")
-    tensors, steps = row[2], row[3]
-    if min(tensors, steps) < 0 or len(row) != HEADER + TENSOR * tensors + STEP * steps:
+    tensors, steps, packs = row[2], row[3], row[7]
+    if min(tensors, steps, packs) < 0 or len(row) != HEADER + TENSOR * tensors + STEP * steps + PACK * packs:
         raise ValueError(f"a region plan of {tensors} tensors and {steps} steps cannot have {len(row)} integers")
     start = HEADER + TENSOR * tensors
     found = []
@@ -194,4 +216,8 @@ def decode(row: Sequence[int], scales: Sequence[float]) -> Plan:
             raise ValueError(f"step {index} is of unknown kind {slots[0]}")
         found.append(Step(slots[0], {name: slots[slot] for name, slot in SLOTS[slots[0]].items()}))
     listed = [Tensor(*row[HEADER + TENSOR * i : HEADER + TENSOR * (i + 1)]) for i in range(tensors)]
-    return Plan(listed, found, list(scales), row[4], row[5], row[6])
+    packed = []
+    for first in range(len(row) - PACK * packs, len(row), PACK):
+        values, gaps, rows, columns, turned, rank, *dims = row[first : first + PACK]
+        packed.append(Packed(values, gaps, (rows, columns), tuple(dims[:rank]), bool(turned)))
+    return Plan(listed, found, list(scales), row[4], row[5], row[6], packed)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from graphopt.kernels import plan as p
+from graphopt.kernels.sparse_plan import to_dense
 
 F = np.float32
 
@@ -193,6 +194,11 @@ def run(plan: p.Plan, inputs: Sequence[np.ndarray], constants: Sequence[np.ndarr
     """The outputs of the region, batch and all."""
     tensors: dict[int, np.ndarray] = {}
     outputs: dict[int, np.ndarray] = {}
+    constants = list(constants)
+    for packed in plan.packed:
+        shape = packed.shape[::-1] if packed.turned else (packed.shape[0], int(np.prod(packed.shape[1:])))
+        matrix = to_dense(constants[packed.values], constants[packed.gaps], (shape[0], shape[1]), packed.block)
+        constants[packed.values] = (matrix.T if packed.turned else matrix).reshape(packed.shape)
 
     def conv(s: p.Step) -> None:
         value = _conv(s, plan, tensors, constants, inputs[max(s.like, 0)].shape)

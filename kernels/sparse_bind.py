@@ -15,7 +15,9 @@ from graphopt.kernels.engine_state import (
     put,
 )
 from graphopt.kernels.memory import copy, fill, ld32, st32, text
+from graphopt.kernels.sparse_bitmap import bind_bitmap
 from graphopt.kernels.sparse_plan import (
+    BITS,
     P_ACTIVATIONS,
     P_DH,
     P_DW,
@@ -27,6 +29,7 @@ from graphopt.kernels.sparse_plan import (
     P_OUT,
     P_PB,
     P_PL,
+    P_PLACES,
     P_PR,
     P_PT,
     P_SH,
@@ -123,11 +126,10 @@ def tile_down(instance: int, lines: int, length: int, pitch: int, lanes: int, mo
     put(instance, I_TILES, tiles)
     put(instance, I_DX, 4 * pitch)
     put(instance, I_DY, 4 * length)
-    for step in range((length + lanes - 1) // lanes):
-        x = min(step * lanes, length - lanes)
-        for i in range((lines + most - 1) // most):
-            first = i * most
-            set_tile(instance, first * pitch + x, first * length + x, min(most, lines - first), -1)
+    steps = (length + lanes - 1) // lanes
+    for i in range(steps * ((lines + most - 1) // most)):  # those of as many lines follow each other
+        x, first = min(i % steps * lanes, length - lanes), i // steps * most
+        set_tile(instance, first * pitch + x, first * length + x, min(most, lines - first), -1)
     return 1
 
 
@@ -144,7 +146,7 @@ def set_offsets(handle: int, instance: int) -> int:
     pitch, starts = get(instance, I_PITCH), get(handle, H_STARTS)
     rows = get(plan, P_OUT) // get(handle, H_ROWS)
     for slot in range(rows * get(handle, H_CHUNKS)):
-        n = slot % rows
+        n = slot // get(handle, H_CHUNKS)
         first = n * get(plan, P_GROUPS) // rows * (get(plan, P_IN) // get(plan, P_GROUPS)) * taps  # column of its group
         if get(instance, I_DEPTHWISE) == 1:
             first = 0
@@ -179,6 +181,8 @@ def bind_rows(handle: int, instance: int, inputs: int, shape: int, error: int) -
     put(instance, I_IMAGES, 1 if rows > 0 else 0)
     put(instance, I_OH, rows)
     set_parts(handle, instance, rows)
+    if get(plan, P_PLACES) == BITS:
+        return bind_bitmap(handle, instance, rows, error)
     if rows <= FEW:
         put(instance, I_MODE, SINGLE)
         put(instance, I_PITCH, 1)
@@ -343,7 +347,7 @@ def bind(handle: int, instance: int, inputs: int, error: int) -> int:
         made = bind_conv(handle, instance, inputs, shape, error)
     if made == 0:
         return 0
-    if set_offsets(handle, instance) == 0:
+    if get(plan, P_PLACES) != BITS and set_offsets(handle, instance) == 0:
         return fail(error, text("no memory for the offsets"), -1, 0)
     return check_residual(inputs + 8 * TENSOR_RECORD, shape, error) if activations == 2 else 1
 

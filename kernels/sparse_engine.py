@@ -9,11 +9,12 @@ from functools import cache
 from typing import Any
 
 from graphopt.kernels import engine as regions
-from graphopt.kernels import engine_state, sparse_bind, sparse_create, sparse_run
+from graphopt.kernels import engine_state, sparse_bind, sparse_bitmap, sparse_create, sparse_run
 from graphopt.kernels.exports import Export
 from graphopt.kernels.externs import link
 from graphopt.kernels.isa import RUNGS
-from graphopt.kernels.micro_sparse import dot, line, spmm, transpose
+from graphopt.kernels.micro_bitmap import SIZES, bitmap, wide
+from graphopt.kernels.micro_sparse import dot, plane, spmm, transpose
 from graphopt.kernels.region import Engine
 from graphopt.kernels.sparse_state import I_SIZE
 
@@ -21,7 +22,7 @@ create_for: Any = None  # given by `_rung`
 LANES = 4
 SUFFIX = "_sparse"
 NAMES = {1: "one", 4: "four"}  # of the kernels, by rows of a block
-BODIES = ("copy_body", "tile_body", "rows_body", "single_body")
+BODIES = ("copy_body", "tile_body", "rows_body", "single_body", "bitmap_body")
 
 
 def create(plan: int, plan_len: int, scales: int, n_scales: int, consts: int, n_consts: int, error: int) -> int:
@@ -41,15 +42,16 @@ SHARED: tuple[Any, ...] = (
 @cache
 def common() -> tuple[list[Export], dict[str, Any]]:
     """What is the same for every rung."""
-    templates = [*engine_state.TEMPLATES, *sparse_create.TEMPLATES, *sparse_bind.TEMPLATES, *SHARED]
+    templates = [*engine_state.TEMPLATES, *sparse_bitmap.TEMPLATES, *sparse_create.TEMPLATES, *sparse_bind.TEMPLATES, *SHARED]
     return link(templates, SUFFIX, {"INSTANCE": I_SIZE})
 
 
 @cache
 def _rung(name: str) -> tuple[list[Export], dict[str, Any]]:
     isa = RUNGS[name]
-    scope: dict[str, Any] = {**common()[1], "LANES": isa.lanes, "square": transpose(isa)}
-    scope |= {f"line{step}": line(isa, step) for step in (1, 2)}
+    scope: dict[str, Any] = {**common()[1], "LANES": isa.lanes, "square": transpose(isa), "ABREAST": 4 if wide(isa) else 1}
+    scope |= {f"bitmap_{kind}": bitmap(isa, kind) for kind in SIZES}
+    scope |= {f"plane{step}": plane(isa, step) for step in (1, 2)}
     for rows, label in NAMES.items():
         scope |= {f"spmm_{label}": spmm(isa, rows), f"dot_{label}": dot(isa, rows)}
     scope |= {body.upper(): f"gk_{body}{SUFFIX}__{name}" for body in BODIES}

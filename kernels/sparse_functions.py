@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from graphopt.kernels.native import SparseLayer
-from graphopt.kernels.sparse_plan import BLOCKS, CONV, ROWS, SparsePlan, Window, to_sparse
+from graphopt.kernels.sparse_plan import BITS, BLOCKS, BYTES, CONV, FLOATS, GAPS, ROWS, SparsePlan, Window, stored
 
 Array = np.ndarray
 Block = tuple[int, int]
@@ -26,9 +26,9 @@ def _check_block(block: Block) -> None:
 class _Sparse:
     """A plan and its weights."""
 
-    def __init__(self, plan: SparsePlan, matrix: Array, bias: Array | None, isa: str | None) -> None:
-        values, gaps = to_sparse(np.asarray(matrix, np.float32), plan.block)
-        constants = [values, gaps] if bias is None else [values, gaps, np.asarray(bias, np.float32)]
+    def __init__(self, plan: SparsePlan, matrix: Array, scale: Array | None, bias: Array | None, isa: str | None) -> None:
+        constants = [*stored(matrix, plan)]
+        constants += [np.asarray(numbers, np.float32) for numbers in (scale, bias) if numbers is not None]
         self.stored_bytes = sum(c.nbytes for c in constants)
         self._layer = SparseLayer(plan, constants, isa=isa)
 
@@ -41,18 +41,27 @@ class _Sparse:
 class SparseGemm(_Sparse):
     """float32 x [..., K] times the transpose of a weight [N, K], of which only the blocks that are not zero are kept.
 
-    `block`: rows x columns of a block, (1, 1) for single weights. `low`, `high`: limits of the output, as of a Relu or a Clip.
+    weight: float32, or int8 with `scale`, float32 [N]: the weight of output n is then scale[n] times it. `block`: rows x columns of
+    a block, (1, 1) for single weights. `bitmap`: these are placed by a bit each, which is fastest for one row or a few where the
+    weights do not fit into the caches. `low`, `high`: limits of the output, as of a Relu or a Clip.
     Raises ValueError where blocks do not cover the weight exactly, or a number is not finite.
     """
 
     def __init__(
-        self, weight: Array, *, bias: Array | None = None, block: Block = (1, 1), low: float = -np.inf, high: float = np.inf,
-        residual: bool = False, isa: str | None = None,
+        self, weight: Array, *, scale: Array | None = None, bias: Array | None = None, block: Block = (1, 1), bitmap: bool = False,
+        low: float = -np.inf, high: float = np.inf, residual: bool = False, isa: str | None = None,
     ) -> None:  # fmt: skip
         _check_block(block)
+        if bitmap and block != (1, 1):
+            raise ValueError(f"sparse: a bitmap places single weights, not blocks of {block[0]} x {block[1]}")
+        if (weight.dtype == np.int8) != (scale is not None):
+            raise ValueError(
+                f"sparse: a weight of {weight.dtype} {'with' if scale is not None else 'without'} scales; int8 needs them"
+            )
         n, k = weight.shape
-        plan = SparsePlan(ROWS, n, k, block, bias=bias is not None, residual=residual, low=low, high=high)
-        super().__init__(plan, weight, bias, isa)
+        places, numbers = BITS if bitmap else GAPS, FLOATS if scale is None else BYTES
+        plan = SparsePlan(ROWS, n, k, block, Window(), bias is not None, residual, low, high, places, numbers)
+        super().__init__(plan, weight, scale, bias, isa)
 
 
 class SparseConv(_Sparse):
@@ -71,4 +80,4 @@ class SparseConv(_Sparse):
         top, left, bottom, right = (int(p) for p in pads)
         window = Window((kh, kw), _pair(strides), _pair(dilations), (top, left, bottom, right), groups)
         plan = SparsePlan(CONV, n, c * groups, block, window, bias is not None, residual, low, high)
-        super().__init__(plan, weight.reshape(n, -1), bias, isa)
+        super().__init__(plan, weight.reshape(n, -1), None, bias, isa)

@@ -4,12 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
+from graphopt.kernels import sparse_rows
 from graphopt.kernels.abi import atomic_cas, atomic_store, parallel_for, stack64, symaddr
 from graphopt.kernels.engine_state import I_HANDLE, R_DATA, TENSOR_RECORD, get, put
 from graphopt.kernels.memory import ldf, stf
-from graphopt.kernels.micro_sparse import S_BIAS, S_CHANNEL, S_DX, S_DY, S_LAST_X, S_LAST_Y, S_LIMITS, S_OFFSETS, S_STARTS, S_VALUES
-from graphopt.kernels.sparse_plan import P_ACTIVATIONS, P_DH, P_DW, P_IN, P_KH, P_KW, P_OUT, P_PL, P_PT, P_SH, P_SW
+from graphopt.kernels.micro_sparse import (
+    S_BIAS,
+    S_CHANNEL,
+    S_DX,
+    S_DY,
+    S_LIMITS,
+    S_OFFSETS,
+    S_STARTS,
+    S_STEP,
+    S_VALUES,
+    TILE_LAST,
+    TILE_VECTORS,
+    TILE_X,
+    TILE_Y,
+)
+from graphopt.kernels.sparse_plan import (
+    P_ACTIVATIONS,
+    P_DH,
+    P_DW,
+    P_IN,
+    P_KH,
+    P_KW,
+    P_OUT,
+    P_PL,
+    P_PT,
+    P_SH,
+    P_SW,
+)
+from graphopt.kernels.sparse_rows import copy_features
 from graphopt.kernels.sparse_state import (
+    BITMAP,
     DIRECT,
     H_BIAS,
     H_CHUNKS,
@@ -55,14 +84,14 @@ from graphopt.kernels.sparse_state import (
 
 # given by the rung
 LANES = 1
-COPY_BODY, TILE_BODY, ROWS_BODY, SINGLE_BODY = "", "", "", ""
+COPY_BODY, TILE_BODY, ROWS_BODY, SINGLE_BODY, BITMAP_BODY = "", "", "", "", ""
 spmm_one: Any = None
 spmm_four: Any = None
 dot_one: Any = None
 dot_four: Any = None
 square: Any = None
-line1: Any = None
-line2: Any = None
+plane1: Any = None
+plane2: Any = None
 
 
 def single(rows: int, s: int, x: int, y: int, r: int, n0: int, n1: int) -> None:
@@ -79,51 +108,63 @@ def block_rows(handle: int) -> int:
     return outputs if get(handle, H_ROWS) == 1 else outputs // 4
 
 
-def multiply(handle: int, s: int, x: int, y: int, r: int, vectors: int, last: int, n0: int, n1: int) -> None:
-    """All chunks of a tile, one after the other: each adds to what those before left in the output.
+def multiply(handle: int, s: int, x: int, y: int, r: int, tiles: int, count: int, n0: int, n1: int) -> None:
+    """Tiles of as many vectors each; r: the residual, or 0."""
+    if get(handle, H_CHUNKS) == 1:
+        products(handle, s, x, y, r, tiles, count, n0, n1)
+        return
+    for t in range(count):
+        multiply_chunks(handle, s, x, y, r, tiles + 8 * TILE * t, n0, n1)
 
-    vectors: 0 for one row of features; last: bytes to the last vector, or -1 where it lies as the others do.
-    """
+
+def multiply_chunks(handle: int, s: int, x: int, y: int, r: int, tile: int, n0: int, n1: int) -> None:
+    """All chunks of a tile, one after the other: each adds to what those before left in the output."""
     chunks = get(handle, H_CHUNKS)
-    put(s, S_LAST_X, last if last >= 0 else (vectors - 1) * get(s, S_DX))
-    put(s, S_LAST_Y, last if last >= 0 else (vectors - 1) * get(s, S_DY))
     for c in range(chunks):
-        put(s, S_STARTS, get(handle, H_STARTS) + 4 * c * block_rows(handle))
+        put(s, S_STARTS, get(handle, H_STARTS) + 4 * c)
         put(s, S_BIAS, get(handle, H_BIAS) if c == 0 else get(handle, H_ZEROS))
         put(s, S_LIMITS, get(handle, H_LIMITS) if c == chunks - 1 else get(handle, H_OPEN))
-        before = r if c == 0 else y
-        if vectors == 0:
-            single(get(handle, H_ROWS), s, x, y, before if before != 0 else get(handle, H_ZEROS), n0, n1)
-        elif get(handle, H_ROWS) == 1:
-            spmm_one(s, x, y, before, n0, n1, vectors)
-        else:
-            spmm_four(s, x, y, before, n0, n1, vectors)
+        products(handle, s, x, y, r if c == 0 else y, tile, 1, n0, n1)
+
+
+def products(handle: int, s: int, x: int, y: int, r: int, tiles: int, count: int, n0: int, n1: int) -> None:
+    """By the kernel for the rows of a block."""
+    if get(handle, H_ROWS) == 1:
+        spmm_one(s, x, y, r, n0, n1, tiles, count)
+    else:
+        spmm_four(s, x, y, r, n0, n1, tiles, count)
 
 
 def set_record(instance: int, s: int) -> None:
-    """What the kernels read, but for what `multiply` sets."""
+    """What the kernels read; some of it is set anew by `multiply_chunks`."""
     handle = get(instance, I_HANDLE)
     put(s, S_DX, get(instance, I_DX))
     put(s, S_DY, get(instance, I_DY))
     put(s, S_CHANNEL, get(instance, I_CHANNEL))
     put(s, S_OFFSETS, get(instance, I_OFFSETS))
     put(s, S_VALUES, get(handle, H_VALUES))
+    put(s, S_STEP, 4 * get(handle, H_CHUNKS))
+    put(s, S_STARTS, get(handle, H_STARTS))
+    put(s, S_BIAS, get(handle, H_BIAS))
+    put(s, S_LIMITS, get(handle, H_LIMITS))
 
 
-def copy_line(target: int, source: int, first: int, step: int, width: int, count: int) -> None:
-    """target[i] = source[first + i * step] for those i < count for which that is inside [0, width)."""
+def copy_lines_padded(target: int, target_pitch: int, source: int, source_pitch: int, lines: int, first: int, step: int,
+                      width: int, count: int) -> None:  # fmt: skip
+    """Of each of `lines` lines: target[i] = source[first + i * step] of those i < count for which that is inside [0, width)."""
     i = (step - 1 - first) // step if first < 0 else 0
     inside = min(count, (width - first + step - 1) // step) - i
-    if inside <= 0:
+    if inside <= 0 or lines <= 0:
         return
     to, at = target + 4 * i, source + 4 * (first + i * step)
     if step == 1:
-        line1(to, at, inside)
+        plane1(to, target_pitch, at, source_pitch, lines, inside)
     elif step == 2:
-        line2(to, at, inside)
+        plane2(to, target_pitch, at, source_pitch, lines, inside)
     else:
-        for j in range(inside):
-            stf(to + 4 * j, ldf(at + 4 * j * step))
+        for line in range(lines):
+            for j in range(inside):
+                stf(to + line * target_pitch + 4 * j, ldf(at + line * source_pitch + 4 * j * step))
 
 
 def pad_channel(instance: int, plan: int, source: int, c: int, planes: int) -> None:
@@ -132,12 +173,13 @@ def pad_channel(instance: int, plan: int, source: int, c: int, planes: int) -> N
     sh, sw, top, left = get(plan, P_SH), get(plan, P_SW), get(plan, P_PT), get(plan, P_PL)
     used_h, used_w = min(sh, (get(plan, P_KH) - 1) * get(plan, P_DH) + 1), min(sw, (get(plan, P_KW) - 1) * get(plan, P_DW) + 1)
     for y in range(used_h):
+        # lines of the plane whose line of the image, line * sh + y - top, is one
+        first = (top - y + sh - 1) // sh if y < top else 0
+        lines = min(ph, (h + top - y + sh - 1) // sh) - first
+        at = source + 4 * (c * h + first * sh + y - top) * w
         for x in range(used_w):
-            plane = planes + 4 * ((y * sw + x) * ph * pw)
-            for line in range(ph):
-                at = line * sh + y - top
-                if at >= 0 and at < h:
-                    copy_line(plane + 4 * line * pw, source + 4 * (c * h + at) * w, x - left, sw, w, pw)
+            plane = planes + 4 * ((y * sw + x) * ph * pw + first * pw)
+            copy_lines_padded(plane, 4 * pw, at, 4 * w * sh, lines, x - left, sw, w, pw)
 
 
 def copy_body(usr: int, part: int) -> None:
@@ -160,7 +202,7 @@ def tile_body(usr: int, part: int) -> None:
         t0, t1 = tiles * part // parts, tiles * (part + 1) // parts
     else:
         n0, n1 = rows * part // parts, rows * (part + 1) // parts
-    record = stack64(10)
+    record = stack64(12)
     set_record(instance, record)
     if get(instance, I_DEPTHWISE) == 0:
         part_range(instance, usr, record, get(usr, U_INPUT), t0, t1, n0, n1)
@@ -191,23 +233,23 @@ def copy_lines(instance: int, flat: int, dense: int, c: int, out: int) -> None:
     """The lines of a channel between the FLAT form and the dense one; out: 1 to the FLAT form."""
     oh, ow, pitch = get(instance, I_OH), get(instance, I_OW), get(instance, I_PW)
     one, two = flat + c * get(instance, I_CHANNEL), dense + 4 * c * oh * ow
-    for line in range(oh):
-        at, to = one + 4 * line * pitch, two + 4 * line * ow
-        if out == 1:
-            line1(at, to, ow)
-        else:
-            line1(to, at, ow)
+    if out == 1:
+        plane1(one, 4 * pitch, two, 4 * ow, oh, ow)
+    else:
+        plane1(two, 4 * ow, one, 4 * pitch, oh, ow)
 
 
 def tile_range(
     instance: int, record: int, x: int, y: int, r: int, t0: int, t1: int, n0: int, n1: int
 ) -> None:  # fmt: skip
     """Tiles [t0, t1) of block rows [n0, n1); r: the residual, or 0."""
-    handle = get(instance, I_HANDLE)
-    for t in range(t0, t1):
-        tile = get(instance, I_TILES) + 8 * TILE * t
-        before = r + get(tile, 1) if r != 0 else 0
-        multiply(handle, record, x + get(tile, 0), y + get(tile, 1), before, get(tile, 2), get(tile, 3), n0, n1)
+    handle, t = get(instance, I_HANDLE), t0
+    while t < t1:
+        first, count = get(instance, I_TILES) + 8 * TILE * t, 1
+        while t + count < t1 and get(first + 8 * TILE * count, TILE_VECTORS) == get(first, TILE_VECTORS):
+            count += 1
+        multiply(handle, record, x, y, r, first, count, n0, n1)
+        t += count
 
 
 def turn(target: int, target_pitch: int, source: int, source_pitch: int, rows: int, columns: int) -> None:
@@ -226,13 +268,14 @@ def turn(target: int, target_pitch: int, source: int, source_pitch: int, rows: i
 def single_body(usr: int, part: int) -> None:
     """A part of the outputs of a few rows."""
     instance = get(usr, U_INSTANCE)
-    handle, record = get(instance, I_HANDLE), stack64(10)
+    handle, record = get(instance, I_HANDLE), stack64(12)
     set_record(instance, record)
     plan, rows, parts, residual = get(handle, H_PLAN), block_rows(handle), get(usr, U_PARTS), get(usr, U_RESIDUAL)
     n0, n1 = rows * part // parts, rows * (part + 1) // parts
     for m in range(get(instance, I_OH)):
         x, place = get(usr, U_INPUT) + 4 * m * get(plan, P_IN), 4 * m * get(plan, P_OUT)
-        multiply(handle, record, x, get(usr, U_OUTPUT) + place, residual + place if residual != 0 else 0, 0, -1, n0, n1)
+        before = residual + place if residual != 0 else get(handle, H_ZEROS)
+        single(get(handle, H_ROWS), record, x, get(usr, U_OUTPUT) + place, before, n0, n1)
 
 
 def take_slot(flags: int, slots: int) -> int:
@@ -253,15 +296,19 @@ def rows_body(usr: int, part: int) -> None:
     x = get(instance, I_SCRATCH) + slot * get(instance, I_SLOT)
     y = x + 4 * tile * width
     r = y + 4 * tile * outputs if get(plan, P_ACTIVATIONS) == 2 else 0
-    tiles, record = get(instance, I_TILE_COUNT), stack64(10)
+    tiles, record, whole = get(instance, I_TILE_COUNT), stack64(12), stack64(TILE)
     set_record(instance, record)
+    put(whole, TILE_X, 0)
+    put(whole, TILE_Y, 0)
+    put(whole, TILE_LAST, -1)
     for t in range(tiles * part // parts, tiles * (part + 1) // parts):
         count = min(tile, get(instance, I_OH) - t * tile)
         place = 4 * t * tile * outputs
         turn(x, 4 * tile, get(usr, U_INPUT) + 4 * t * tile * width, 4 * width, count, width)
         if r != 0:
             turn(r, 4 * tile, get(usr, U_RESIDUAL) + place, 4 * outputs, count, outputs)
-        multiply(handle, record, x, y, r, (count + LANES - 1) // LANES, -1, 0, block_rows(handle))
+        put(whole, TILE_VECTORS, (count + LANES - 1) // LANES)
+        multiply(handle, record, x, y, r, whole, 1, 0, block_rows(handle))
         turn(get(usr, U_OUTPUT) + place, 4 * outputs, y, 4 * tile, outputs, count)
     atomic_store(get(instance, I_FLAGS) + 8 * slot, 0)
 
@@ -298,13 +345,16 @@ def run(instance: int, inputs: int, outputs: int, par: int) -> int:
             parallel_for(par if parts > 1 else 0, symaddr(ROWS_BODY), parts, usr)
         elif mode == SINGLE:
             parallel_for(par if parts > 1 else 0, symaddr(SINGLE_BODY), parts, usr)
+        elif mode == BITMAP:
+            copy_features(instance, usr)
+            parallel_for(par if parts > 1 else 0, symaddr(BITMAP_BODY), parts, usr)
         else:
             run_image(instance, usr, par)
     return 0
 
 
 PARTS = (
-    single, block_rows, multiply, set_record, copy_line, pad_channel, copy_body, tile_range,
-    copy_lines, part_range, tile_body, turn, single_body, take_slot, rows_body,
+    single, block_rows, products, multiply_chunks, multiply, set_record, copy_lines_padded, pad_channel, copy_body, tile_range,
+    copy_lines, part_range, tile_body, turn, single_body, take_slot, rows_body, *sparse_rows.PARTS,
 )  # fmt: skip
 TEMPLATES = (run_image, run)  # which reach those by symbols that must be known before

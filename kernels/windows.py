@@ -19,7 +19,7 @@ from numba import types
 
 from graphopt.kernels.abi import stack64
 from graphopt.kernels.engine_state import get, put
-from graphopt.kernels.memory import I1, I8, at, emit, function, lds8, ldu8, st32, stu8
+from graphopt.kernels.memory import I1, I8, at, emit, fill, function, lds8, ldu8, st32, stu8
 
 WINDOW = 16  # input bytes of a window
 MOST_GROUPS = 8  # of a window: every tap without a partner
@@ -58,11 +58,12 @@ def count_bits(x: int) -> int:
     return x + (x >> 8) & 31
 
 
-def tap_sums(rows: int, width: int, sums: int) -> int:
-    """Fill u8 sums[16][SUMS], each tap for itself; returns the taps that a channel uses, as bits. rows: s8 [16][width]."""
+def tap_sums(rows: int, width: int, channels: int, sums: int) -> int:
+    """Fill u8 sums[16][SUMS], each tap for itself; returns the taps that a channel uses, as bits. rows: s8 [channels][width]."""
     live = 0
+    fill(sums, 0, WINDOW * SUMS)
     for tap in range(WINDOW):
-        for n in range(16):
+        for n in range(channels):
             weight = lds8(rows + n * width + tap)
             stu8(sums + SUMS * tap + n, max(weight, 0))
             stu8(sums + SUMS * tap + 16 + n, max(-weight, 0))
@@ -166,7 +167,7 @@ def match_pairs(sums: int, left: int, pairs: int) -> int:
 def match_window(rows: int, width: int, groups: int) -> int:
     """Fill int64 groups[][4] with the taps of each group, chains first; returns chains * 16 + all groups."""
     sums, fours, pairs = stack64(64), stack64(16), stack64(36)  # 64: WINDOW * SUMS bytes
-    live = tap_sums(rows, width, sums)
+    live = tap_sums(rows, width, 16, sums)
     count = match_fours(sums, live, fours)
     for chain in range(0, count, 2):
         for k in range(8):

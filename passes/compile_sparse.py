@@ -11,15 +11,16 @@ import numpy as np
 from graphopt.context import Context
 from graphopt.errors import DataError, OptionError
 from graphopt.feeds import input_specs, random_row
-from graphopt.kernels.sparse_plan import BLOCKS
+from graphopt.kernels.sparse_plan import ROWS
 from graphopt.model import Model
 from graphopt.registry import register, suggest
 from graphopt.shapes import shapes
 from graphopt.sparse_choice import MARGIN, Choice, apply, by_measuring, by_table, density, forms, plain, static_shapes, whole_gains
-from graphopt.sparse_layers import Block, Layer, Site, find_layers
+from graphopt.sparse_layers import STORAGES, Layer, Site, Storage, find_layers
 
 NAME = "compile-sparse"
 SURE = 1.5  # gain by itself that is expected to last among dense neighbours
+AS_FAST = 0.97  # of the fastest model's gain, with which one is taken that has more layers sparse
 
 
 @register(NAME, exact=True, after=("sparsify", "prune-channels", "fold-bn", "fold-scales"))
@@ -35,7 +36,7 @@ def compile_sparse(
 
     - choose: measure times each layer dense and sparse on this machine, one thread, then the whole model, and keeps what is faster;
       table decides by density alone, for models that will run elsewhere (always so where the target is not onnxruntime).
-    - layers: what was decided before, as in `recipe` of the report: name=block, as layers='conv1=4x1,conv2=1x1'.
+    - layers: what was decided before, as in `recipe` of the report: name=form, as layers='conv1=4x1,fc=bitmap'.
       Nothing else is changed, and nothing measured.
     - sizes: of dynamic axes while measuring, as sizes=sequence=128; default: of the first calibration row, else nominal ones.
 
@@ -55,13 +56,13 @@ def compile_sparse(
         choices = [by_table(layer, _pixels(layer, static)) for layer in usable]
     else:
         choices = _measured(model, context, site, usable, _sizes(sizes))
-    problems = apply(model, {c.layer: c.block for c in choices if c.block is not None})
-    choices = [replace(c, block=None, why=problems[c.layer]) if c.layer in problems else c for c in choices]
-    taken = [c for c in choices if c.block is not None]
+    problems = apply(model, {c.layer: c.storage for c in choices if c.storage is not None})
+    choices = [replace(c, storage=None, why=problems[c.layer]) if c.layer in problems else c for c in choices]
+    taken = [c for c in choices if c.storage is not None]
     context.facts["layers"] = [c.row() for c in choices]
     context.facts["recipe"] = [f"{c.layer}={c.row()['format']}" for c in taken]
     for layer, choice in zip(usable, choices, strict=True):
-        if choice.block is None and not layers:
+        if choice.storage is None and not layers:
             context.reject(layer.node, choice.why)
     return len(taken)
 
@@ -87,24 +88,25 @@ def _sizes(sizes: Sequence[str]) -> dict[str, int]:
 def _given(usable: Sequence[Layer], decided: Sequence[str]) -> list[Choice]:
     """The choices of a recipe. OptionError where it does not fit the model."""
     known = {layer.name: layer for layer in usable}
-    blocks: dict[str, Block] = {}
+    decisions: dict[str, Storage] = {}
     for text in decided:
         name, _, form = text.rpartition("=")
-        block = next((b for b in BLOCKS if f"{b[0]}x{b[1]}" == form), None)
-        if block is None:
-            valid = ", ".join(f"{r}x{c}" for r, c in BLOCKS)
-            raise OptionError(f"{NAME}: layers={text}: expected name=block, a block being one of {valid}")
+        storage = next((s for s in STORAGES if s.name == form), None)
+        if storage is None:
+            raise OptionError(
+                f"{NAME}: layers={text}: expected name=form, a form being one of {', '.join(s.name for s in STORAGES)}"
+            )
         if name not in known:
             raise OptionError(f"{NAME}: layers={text}: no such layer; {suggest(name, known)}")
-        groups, matrix = known[name].window.groups, known[name].matrix()
-        if matrix.shape[0] // groups % block[0] or matrix.shape[1] % block[1]:
-            raise OptionError(f"{NAME}: layers={text}: such blocks do not cover weights of shape {matrix.shape} exactly")
-        blocks[name] = block
-    return [_plain_choice(layer, blocks.get(layer.name), "as the recipe says") for layer in usable]
+        if not storage.fits(known[name]):
+            why = f"such blocks do not cover weights of shape {known[name].matrix().shape} exactly"
+            raise OptionError(f"{NAME}: layers={text}: {'a bitmap is for products of rows' if storage.bitmap else why}")
+        decisions[name] = storage
+    return [_plain_choice(layer, decisions.get(layer.name), "as the recipe says") for layer in usable]
 
 
-def _plain_choice(layer: Layer, block: Block | None, why: str) -> Choice:
-    return Choice(layer.name, block, density(layer), 1.0 if block is None else 0.0, None, None, why)
+def _plain_choice(layer: Layer, storage: Storage | None, why: str) -> Choice:
+    return Choice(layer.name, storage, density(layer), 1.0 if storage is None else 0.0, None, None, why)
 
 
 def _pixels(layer: Layer, static: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -148,30 +150,33 @@ def _judged(
     model: Model, context: Context, usable: Sequence[Layer], choices: list[Choice], feed: dict[str, np.ndarray] | None
 ) -> list[Choice]:
     """What is faster in the whole model: all chosen layers, with grouped convolutions in the same layout, the surest, or none."""
-    chosen = {c.layer: c.block for c in choices if c.block is not None}
+    chosen = {c.layer: c.storage for c in choices if c.storage is not None}
     if not chosen or feed is None:
         return choices
-    surest = {c.layer: c.block for c in choices if c.block is not None and (c.measured or 0) >= SURE}
-    variants = [chosen, {**plain(usable), **chosen}, surest]
-    kept: list[dict[str, Block]] = []
+    rows = {layer.name for layer in usable if layer.kind == ROWS}  # in the layout of everyone: what they gain alone they gain here
+    sure = {c.layer: c.storage for c in choices if c.storage is not None and ((c.measured or 0) >= SURE or c.layer in rows)}
+    variants = [chosen, {**plain(usable), **chosen}, sure]
+    kept: list[dict[str, Storage]] = []
     for variant in variants:
         if variant and variant not in kept:
             kept.append(variant)
     gains = whole_gains(model, feed, kept)
     context.facts["whole_model"] = [{"layers": len(v), "gain": round(g, 4)} for v, g in zip(kept, gains, strict=True)]
-    gain, best = max(zip(gains, kept, strict=True), key=lambda pair: pair[0])
-    if gain < MARGIN:
-        why = f"the whole model is not {MARGIN} times faster with it ({gain:.2f})"
-        return [replace(c, block=None, why=why if c.block is not None else c.why) for c in choices]
+    top = max(gains)
+    if top < MARGIN:
+        why = f"the whole model is not {MARGIN} times faster with it ({top:.2f})"
+        return [replace(c, storage=None, why=why if c.storage is not None else c.why) for c in choices]
+    near = [(variant, gain) for variant, gain in zip(kept, gains, strict=True) if gain >= max(MARGIN, AS_FAST * top)]
+    best, _ = max(near, key=lambda pair: (len(pair[0].keys() & chosen.keys()), pair[1]))
     return [_after(layer, choice, best) for layer, choice in zip(usable, choices, strict=True)]
 
 
-def _after(layer: Layer, choice: Choice, best: Mapping[str, Block]) -> Choice:
-    block = best.get(layer.name)
-    if block == choice.block:
+def _after(layer: Layer, choice: Choice, best: Mapping[str, Storage]) -> Choice:
+    storage = best.get(layer.name)
+    if storage == choice.storage:
         return choice
-    if block is None:
-        return replace(choice, block=None, why="the whole model is faster without it")
-    stored = next(f.stored for f in forms(layer) if f.block == block)
+    if storage is None:
+        return replace(choice, storage=None, why="the whole model is faster without it")
+    stored = next(f.stored for f in forms(layer) if f.storage == storage)
     why = "dense, but in the layout of its neighbours: the whole model is faster so"
-    return replace(choice, block=block, stored=stored, why=why)
+    return replace(choice, storage=storage, stored=stored, why=why)

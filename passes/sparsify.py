@@ -7,11 +7,13 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from graphopt.context import Context
 from graphopt.errors import OptionError, PassError
 from graphopt.layers import find_layers as linear_layers
 from graphopt.model import Model
+from graphopt.operands import Names
 from graphopt.registry import register
 from graphopt.shapes import shapes
 from graphopt.sparse_layers import Layer, Site, find_layers
@@ -19,6 +21,8 @@ from graphopt.sparsify_data import Work, sensitive_ratios, write_fits
 from graphopt.sparsity import MEASURED, Pattern, Task, find_criterion, global_ratios, parse_pattern, sparse
 
 NAME = "sparsify"
+OPSET = 13  # DequantizeLinear with an axis
+SMALLEST = 1e-30  # weights of an output below are all zero in INT8
 THIN = 4  # input channels of a group up to which a layer is left dense: stems and depthwise filters have few weights, all of use
 
 
@@ -32,6 +36,7 @@ def sparsify(
     scope: Literal["uniform", "global", "sensitivity"] = "uniform",
     criterion: str = "magnitude",
     thin: bool = False,
+    values: Literal["float32", "int8"] = "float32",
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
 ) -> int:
@@ -45,10 +50,14 @@ def sparsify(
     - criterion: magnitude; with calibration rows (--calib, no labels) wanda, sparsegpt or alps; or a plugin's. sparsegpt and alps
       refit each layer, and its bias, to the original's outputs, given what the layers before it, already sparse, make.
     - thin: also layers with at most four input channels a group (first convolutions of images, depthwise ones).
+    - values: int8 rounds the weights that stay to INT8 with a scale for each output, behind a DequantizeLinear; activations stay
+      float32. For layers of few rows, which wait for weights (opset 13 or later).
     - include, exclude: patterns (* and ?) of names of weights and nodes.
 
     Not exact: evaluate the result. The model gets smaller and faster by compile-sparse. Run the preset fold first.
     """
+    if values == "int8" and model.opset < OPSET:
+        raise PassError(NAME, f"values=int8 needs opset {OPSET} or later, the model has {model.opset}: convert it first")
     cut = parse_pattern(pattern)
     share = _asked(cut, pattern, ratio)
     work = Work(model, context, find_criterion(criterion), criterion in MEASURED, cut)
@@ -69,6 +78,8 @@ def sparsify(
         changed += max(gone, int(not np.array_equal(old, new)))  # 0 promises an untouched model
         density = round(float(np.count_nonzero(new) / new.size), 4)
         rows.append({"layer": layer.name, "density": density, **fits.get(layer.name, {})})
+    if values == "int8":
+        changed += _round(model, layers)
     context.facts.update({"pattern": str(cut), "criterion": criterion, "layers": rows, "weights_removed": changed})
     return changed
 
@@ -107,6 +118,7 @@ def _choose(
         matrix = (layer.outputs, int(np.prod(layer.weight.shape)) // layer.outputs)
         checks = {
             "not included": bool(include) and not any(fnmatchcase(n, p) for p in include for n in names),
+            "its weight is quantised already": layer.scales is not None,
             "excluded": any(fnmatchcase(n, p) for p in exclude for n in names),
             f"at most {THIN} input channels a group": not thin and layer.inputs // layer.window.groups <= THIN,
             cut.misfit(matrix): bool(cut.misfit(matrix)),
@@ -126,6 +138,25 @@ def _measurable(model: Model, context: Context, layers: list[Layer]) -> list[Lay
         if layer.name not in known:
             context.reject(layer.node, "what it reads cannot be measured: channels in groups, or a computed or shared bias")
     return [layer for layer in layers if layer.name in known]
+
+
+def _round(model: Model, layers: Sequence[Layer]) -> int:
+    """Make the weights int8, scaled by the largest of each output; returns how many numbers that moves, at least one a layer."""
+    names, moved = Names(model), 0
+    for layer in layers:
+        matrix = layer.matrix()
+        largest = np.abs(matrix).max(1)
+        scales = np.where(largest > SMALLEST, largest / np.float32(127), np.float32(1)).astype(np.float32)
+        levels = np.rint(matrix / scales[:, None]).astype(np.int8)
+        moved += max(1, int(np.count_nonzero(levels * scales[:, None] != matrix)))
+        stored = np.ascontiguousarray(levels.T) if layer.transposed else levels.reshape(layer.weight.shape)
+        inputs = [names.constant(f"{layer.weight.name}_s8", stored), names.constant(f"{layer.weight.name}_scale", scales)]
+        made = gs.Variable(names.fresh(f"{layer.weight.name}_float"), np.float32, list(layer.weight.shape))
+        node = gs.Node("DequantizeLinear", names.fresh(f"{layer.weight.name}_DQ"), {"axis": int(layer.transposed)}, inputs, [made])
+        model.graph.nodes.append(node)
+        layer.node.inputs[1] = made
+    model.sort()
+    return moved
 
 
 def _finite(layer: Layer) -> np.ndarray:

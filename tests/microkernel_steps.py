@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.kernels import layout, reference, windows
+from graphopt.kernels import layout, quads, reference, windows
 from graphopt.kernels.isa import RUNGS
 from graphopt.kernels.microkernels import KernelSet, kernels
 from graphopt.kernels.specialise import specialise
@@ -61,6 +61,7 @@ class Dense:
     seed: int = 0
     zero_x: int = 3
     extreme: bool = False
+    quads: bool = False  # panels of 4 channels, where the rung has windows, and three quarters of the weights zero
 
 
 def table(offsets: Array, size: int) -> Array:
@@ -73,6 +74,8 @@ def dense_numbers(case: Dense) -> dict[str, Array]:
     k, n = -(-case.k // 8) * 8, -(-case.n // 16) * 16
     w = np.zeros((n, k), np.int8)
     values = rng.choice([-128, 127], (case.n, case.k)) if case.extreme else rng.integers(-128, 128, (case.n, case.k))
+    if case.quads:
+        values *= np.kron(rng.random((-(-case.n // 4), case.k)) < 0.25, np.ones((4, 1), int))[: case.n]
     w[: case.n, : case.k] = values
     arena = rng.choice([0, 255], 20000) if case.extreme else rng.integers(0, 256, 20000)
     scale = (rng.uniform(0.2, 2, n) * 100 / max(1, np.sqrt(case.k) * 128 * 74)).astype(np.float32)
@@ -104,7 +107,7 @@ def expected_dense(case: Dense, data: dict[str, Array], offsets: Array, unit: in
     return clipped
 
 
-def _put_weights(ks: KernelSet, step: Step, w: Array, offsets: Array) -> None:
+def _put_weights(ks: KernelSet, step: Step, w: Array, offsets: Array, narrow: bool) -> None:
     panels, groups = w.shape[0] // 16, w.shape[1] // 4
     if not RUNGS[ks.isa].windows:
         packed = aligned(ks.panel_bytes(groups) * panels)
@@ -112,11 +115,17 @@ def _put_weights(ks: KernelSet, step: Step, w: Array, offsets: Array) -> None:
         step.put(layout.CONV_WEIGHTS, packed)
         step.put(layout.CONV_PANEL, ks.panel_bytes(groups))
         return
+    panels = 4 * panels if narrow else panels
     most = len(offsets) * panels * windows.MOST_GROUPS
     packed, entries = aligned(64 * most), np.zeros((most, 2), np.int32)
-    firsts, room = np.zeros(panels * windows.SECTIONS + 1, np.int32), aligned(len(offsets) * windows.MATCHED)
-    addresses = (a.ctypes.data for a in (packed, entries, firsts, room))
-    assert pack_windows()(w.ctypes.data, len(offsets), panels, *addresses) == firsts[-1]
+    firsts = np.zeros(panels * (1 if narrow else windows.SECTIONS) + 1, np.int32)
+    addresses = [a.ctypes.data for a in (packed, entries, firsts)]
+    if narrow:
+        assert packer("pack_quads")(w.ctypes.data, len(offsets), panels, *addresses) == firsts[-1]
+    else:
+        room = aligned(len(offsets) * windows.MATCHED)
+        assert packer("pack_windows")(w.ctypes.data, len(offsets), panels, *addresses, room.ctypes.data) == firsts[-1]
+    step.put(layout.CONV_QUADS, int(narrow))
     entries[:, 0] = offsets[entries[:, 0]]
     step.put(layout.CONV_K, entries)
     step.put(layout.CONV_FIRSTS, firsts)
@@ -124,12 +133,12 @@ def _put_weights(ks: KernelSet, step: Step, w: Array, offsets: Array) -> None:
 
 
 @cache
-def pack_windows() -> Any:
-    """windows.pack_windows with its helpers, compiled."""
+def packer(name: str) -> Any:
+    """A template of windows or quads with its helpers, compiled."""
     scope: dict[str, Any] = {}
-    for template in windows.TEMPLATES:
+    for template in (*windows.TEMPLATES, *quads.TEMPLATES):
         scope[template.__name__] = specialise(template, "test", **scope)
-    return scope["pack_windows"]
+    return scope[name]
 
 
 def run_dense(rung: str, case: Dense, tiles: bool = False, split: int = 0) -> tuple[Array, Array]:
@@ -157,7 +166,7 @@ def run_dense(rung: str, case: Dense, tiles: bool = False, split: int = 0) -> tu
     step.put(layout.CONV_PIXELS, table(data["pixels"], len(order)) if not tiles else offsets)
     step.put(layout.CONV_K, offsets)
     step.put(layout.CONV_GROUPS, groups)
-    _put_weights(ks, step, w, offsets)
+    _put_weights(ks, step, w, offsets, case.quads)
     out = np.full((case.m + 32, pitch), 99, np.uint8)
     step.put(layout.CONV_OUTPUT, out)
     step.put(layout.CONV_OUT_PIXELS, (order * pitch).astype(np.int32))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from graphopt.kernels import plan as p
+from graphopt.kernels.sparse_plan import BLOCKS, fits, to_sparse
 
 Array = np.ndarray
 DTYPES = {p.FLOAT: np.float32, p.UINT8: np.uint8, p.INT8: np.int8}
@@ -25,6 +26,7 @@ class Case:
     constants: list[Array] = field(default_factory=list)
     inputs: list[Array] = field(default_factory=list)
     outputs: int = 0
+    packed: list[p.Packed] = field(default_factory=list)
 
     def pick(self, *values: int) -> int:
         return int(self.rng.choice(values))
@@ -46,7 +48,7 @@ class Case:
         self.steps.append(p.step(kind, **fields))
 
     def plan(self) -> p.Plan:
-        return p.Plan(self.tensors, self.steps, self.scales, len(self.inputs), self.outputs, len(self.constants))
+        return p.Plan(self.tensors, self.steps, self.scales, len(self.inputs), self.outputs, len(self.constants), self.packed)
 
 
 def add_input(c: Case, channels: int, size: tuple[int, int], layout: int) -> int:
@@ -74,10 +76,27 @@ def add_output(c: Case, x: int, layout: int) -> None:
     c.outputs += 1
 
 
-def weights(c: Case, shape: tuple[int, ...], outs: int, taps: int) -> dict[str, int]:
+def add_weight(c: Case, values: Array, order: int) -> int:
+    """The constant as it is, or with most blocks zero, and perhaps without these."""
+    if order == p.IOHW or c.pick(0, 1):
+        return c.constant(values)
+    turned = order == p.KN
+    matrix = values.T if turned else values.reshape(len(values), -1)
+    fitting = [block for block in BLOCKS if fits(matrix.shape, block)]
+    block = fitting[c.pick(*range(len(fitting)))]
+    kept = c.rng.random((matrix.shape[0] // block[0], matrix.shape[1] // block[1])) < 0.3
+    matrix = (matrix * np.kron(kept, np.ones(block, np.int8))).astype(np.int8)
+    if c.pick(0, 1):
+        return c.constant(np.ascontiguousarray(matrix.T) if turned else matrix.reshape(values.shape))
+    found, gaps = to_sparse(np.ascontiguousarray(matrix), block)
+    c.packed.append(p.Packed(c.constant(found), c.constant(gaps), block, values.shape, turned))
+    return c.packed[-1].values
+
+
+def weights(c: Case, shape: tuple[int, ...], outs: int, taps: int, order: int = p.OIHW) -> dict[str, int]:
     values = c.rng.integers(-127, 128, shape).astype(np.int8)
     spread = (c.rng.random(outs if c.pick(0, 1) else 1) + 0.5).astype(np.float32)
-    fields = {"weight": c.constant(values), "weight_scale": c.constant(spread)}
+    fields = {"weight": add_weight(c, values, order), "weight_scale": c.constant(spread)}
     if c.pick(0, 1):
         fields["bias"] = c.constant(c.rng.integers(-3000, 3000, outs).astype(np.int32))
     fields["scale"] = c.scale(0.02, 0.02 * 40 * max(taps, 1) ** 0.5 * 1.7)
@@ -126,7 +145,7 @@ def add_transposed(c: Case, x: int) -> int | None:
     if min(size) < 1 or max(size) > 40:
         return None
     window = dict(zip(("kh", "kw", "sh", "sw", "dh", "dw", "pt", "pl", "pb", "pr"), [*k, *stride, *dilation, *pads], strict=True))
-    more = weights(c, (channels, outs // groups, *k), outs, channels // groups * k[0] * k[1])
+    more = weights(c, (channels, outs // groups, *k), outs, channels // groups * k[0] * k[1], p.IOHW)
     out = c.tensor(outs, (size[0], size[1]))
     c.step(
         p.CONV,
@@ -242,7 +261,7 @@ def rows(seed: int) -> tuple[p.Plan, list[Array], list[Array]]:
     c = Case(rng, batch=int(rng.integers(1, 4)))
     k, n, m = int(rng.integers(1, 200)), int(rng.integers(1, 300)), int(rng.integers(1, 60))
     x = add_input(c, k, (1, c.batch * m), p.ROWS)
-    more = weights(c, (k, n), n, k)
+    more = weights(c, (k, n), n, k, p.KN)
     if c.pick(0, 1):
         bias = c.constant(rng.standard_normal(n).astype(np.float32)) if c.pick(0, 1) else -1
         c.step(p.CONV, x=x, out=-1, index=0, order=p.KN, rank=3, like=0, float_bias=bias, **more)

@@ -34,6 +34,7 @@ DENSE = st.builds(
     seed=st.integers(0, 99),
     zero_x=st.sampled_from([0, 3, 128, 255]),
     extreme=st.booleans(),
+    quads=st.booleans(),
 )
 CASES = settings(max_examples=25, deadline=None)
 

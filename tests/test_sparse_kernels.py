@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from graphopt.kernels import isa
 from graphopt.kernels.native import SparseLayer
 from graphopt.kernels.sparse_functions import SparseConv, SparseGemm
-from graphopt.kernels.sparse_plan import BLOCKS, CONV, ROWS, SparsePlan, Window, to_dense, to_sparse
+from graphopt.kernels.sparse_plan import BITS, BLOCKS, BYTES, CONV, ROWS, SparsePlan, Window, to_bits, to_dense, to_sparse
 
 RUNGS = [name for name in ("avx512vnni", "avx2", "neon_dot", "generic") if isa.available(name)]
 Array = np.ndarray
@@ -95,6 +95,39 @@ def test_products(rung: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("rung", RUNGS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
+def test_bitmaps_and_int8_values(rung: str, data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    bitmap, integers = data.draw(st.booleans()), data.draw(st.booleans())
+    block = (1, 1) if bitmap else data.draw(st.sampled_from(BLOCKS))
+    n, k = block[0] * data.draw(st.integers(1, 9)), block[1] * data.draw(st.integers(1, 150))
+    rows = data.draw(st.sampled_from([0, 1, 2, 3, 4, 5, 8, 11]))
+    weight = drawn(rng, n, k, block, data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])))
+    scale = rng.uniform(0.01, 2, n).astype(np.float32) if integers else None
+    given_weight = np.clip(50 * weight, -128, 127).astype(np.int8) if integers else weight
+    dense = weight if scale is None else given_weight * scale[:, None]
+    bias = rng.normal(size=n).astype(np.float32) if data.draw(st.booleans()) else None
+    x, r = rng.normal(size=(rows, k)).astype(np.float32), rng.normal(size=(rows, n)).astype(np.float32)
+    summed = data.draw(st.booleans())
+    low = 0.0 if data.draw(st.booleans()) else -np.inf
+    layer = SparseGemm(given_weight, scale=scale, bias=bias, block=block, bitmap=bitmap, low=low, residual=summed, isa=rung)
+    wanted = x.astype(np.float64) @ dense.T + (0 if bias is None else bias) + (r if summed else 0)
+    close(layer(x, r) if summed else layer(x), np.maximum(wanted, low))
+
+
+def test_a_bitmap_of_every_byte() -> None:
+    weight = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.float32)
+    values, bits = to_bits(weight)
+    assert bits.tolist() == list(range(256))
+    assert len(values) == 1024
+    weight *= np.arange(1, 9, dtype=np.float32)
+    for rung in RUNGS:
+        found = SparseGemm(weight, bitmap=True, isa=rung)(np.eye(8, dtype=np.float32))
+        np.testing.assert_array_equal(found, weight.T)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
 def test_convolutions(rung: str, data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     small = st.integers(1, 3)
@@ -161,19 +194,50 @@ def changed(gaps: Array, index: int, value: int) -> Array:
         ([_VALUES, _GAPS], "another number of constants"),
         ([_VALUES, changed(_GAPS, 5, 0), _BIAS], "a gap is 0 or leads out of the weights: number .5"),
         ([_VALUES, changed(_GAPS, -1, 9), _BIAS], "a gap is 0 or leads out of the weights: number .22"),
-        ([_VALUES[:-1], _GAPS, _BIAS], "values must be float32"),
-        ([_VALUES.astype(np.int32), _GAPS, _BIAS], "values must be float32"),
-        ([_VALUES[:, 0], _GAPS, _BIAS], "values must be float32"),
+        ([_VALUES[:-1], _GAPS, _BIAS], "gaps must be uint8"),
+        ([_VALUES.astype(np.int32), _GAPS, _BIAS], "values must be "),
+        ([_VALUES[:, 0], _GAPS, _BIAS], "values must be "),
         ([_VALUES, _GAPS.astype(np.int32), _BIAS], "gaps must be uint8"),
         ([_VALUES[:0], _GAPS[:0], _BIAS], "blocks at least 1"),
-        ([_VALUES, _GAPS, _BIAS[:3]], "bias must be float32"),
-        ([_VALUES, _GAPS, _BIAS + np.nan], "a bias is NaN or infinite"),
+        ([_VALUES, _GAPS, _BIAS[:3]], "bias and scales must be float32"),
+        ([_VALUES, _GAPS, _BIAS + np.nan], "a bias or scale is NaN or infinite"),
         ([np.where(_VALUES == 3, np.inf, _VALUES), _GAPS, _BIAS], "a weight is NaN or infinite: number .2"),
     ],
 )
 def test_malformed_weights(constants: list[Array], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparseLayer(_PLAN, constants)
+
+
+_BITMAP = SparsePlan(ROWS, 3, 5, (1, 1), places=BITS, numbers=BYTES)
+_LEVELS, _BITS = to_bits(np.eye(3, 5, dtype=np.int8))
+_SCALES = np.ones(3, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("constants", "message"),
+    [
+        ([_LEVELS, _BITS], "another number of constants"),
+        ([_LEVELS, changed(_BITS, 0, 255), _SCALES], "another number of bits than there are values .9"),
+        ([_LEVELS, np.array([0, 3 + 128], np.uint8), _SCALES], "bits behind the last weight .15"),
+        ([_LEVELS, _BITS[:1], _SCALES], "a bitmap must be uint8"),
+        ([_LEVELS, _BITS.astype(np.int8), _SCALES], "a bitmap must be uint8"),
+        ([_LEVELS.astype(np.float32), _BITS, _SCALES], "float32 or int8 as planned"),
+        ([_LEVELS, _BITS, changed(_SCALES, 1, 0)], "a scale is not above 0, or as large as to leave float32: number .1"),
+        ([_LEVELS, _BITS, _SCALES * np.float32(1e37)], "as large as to leave float32"),
+        ([_LEVELS, _BITS, _SCALES * np.nan], "a bias or scale is NaN"),
+    ],
+)
+def test_malformed_bitmaps(constants: list[Array], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseLayer(_BITMAP, constants)
+
+
+def test_weights_that_kernels_do_not_take() -> None:
+    with pytest.raises(ValueError, match="a bitmap places single weights, not blocks of 4 x 1"):
+        SparseGemm(np.ones((4, 4), np.float32), block=(4, 1), bitmap=True)
+    with pytest.raises(ValueError, match="a weight of int8 without scales"):
+        SparseGemm(np.ones((4, 4), np.int8))
 
 
 @pytest.mark.parametrize(
@@ -207,3 +271,14 @@ def test_ten_thousand_malformed_inputs(first: int) -> None:
     refused, ran = (int(n) for n in done.stdout.split())
     assert refused > 3000
     assert ran > 200
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_malformed_layers_are_refused_when_the_session_is_made(count: int) -> None:
+    script = Path(__file__).with_name("sparse_session_fuzz.py")
+    done = subprocess.run([sys.executable, str(script), "0", str(count)], capture_output=True, text=True, timeout=1700)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-500:]
+    refused, failed, ran = (int(n) for n in done.stdout.split())
+    assert refused > 0.6 * count
+    assert failed < 0.2 * count  # plans that are right, but not for these inputs
+    assert refused + failed + ran == count
