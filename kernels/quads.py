@@ -11,7 +11,7 @@ from graphopt.kernels.memory import lds8, st32, stu8
 from graphopt.kernels.windows import NONE, WINDOW, count_bits, match_pairs, pack_windows, tap_sums
 
 QUAD = 4  # channels of a panel
-WIDE_COST, QUAD_COST = 19, 10  # of a group, in time, by instructions: see bench/bench_sparse.py int8
+WIDE_COST, QUAD_COST = 19, 10  # of a group, in time, as instructions were counted
 DENSE = 0.6  # share of taps used by a panel of 4 channels above which it is not tried
 
 
