@@ -39,7 +39,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
     """Where a value lies along an axis of so many pixels from `start`; ticks are the first and the last value too."""
 
     ticks: list[float]
@@ -99,8 +99,8 @@ def _front(points: Sequence[Point], *, higher: bool) -> list[int]:
 
 
 def _panel(name: str, points: Sequence[Point], value: Value) -> str:
-    along = _Scale(ticks([0.0, *(p[0] for p in points)], 4), _LEFT, _WIDE - _LEFT - _RIGHT)
-    up = _Scale(ticks([p[1] for p in points]), _HIGH - _BOTTOM, _TOP + _BOTTOM - _HIGH)
+    along = Scale(ticks([0.0, *(p[0] for p in points)], 4), _LEFT, _WIDE - _LEFT - _RIGHT)
+    up = Scale(ticks([p[1] for p in points]), _HIGH - _BOTTOM, _TOP + _BOTTOM - _HIGH)
     out = []
     for tick in up.ticks:
         y = f"{up(tick):.1f}"

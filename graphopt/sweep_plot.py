@@ -9,6 +9,7 @@ from xml.sax.saxutils import escape
 
 from graphopt.errors import OptionError
 from graphopt.evaluate import METRICS
+from graphopt.html_charts import Scale
 from graphopt.html_charts import ticks as round_ticks
 from graphopt.knee import CHORD, WITHIN, shown_error
 from graphopt.report import PointRow, SweepReport
@@ -44,19 +45,6 @@ class _Mark:
     y: float
     label: str
     rules: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """Where a value lies: ticks, the first and the last at the ends of an axis of that many pixels that begins at `start`."""
-
-    ticks: list[float]
-    start: float
-    length: float
-
-    def __call__(self, value: float) -> float:
-        low, high = self.ticks[0], self.ticks[-1]
-        return self.start + self.length * (value - low) / (high - low)
 
 
 def plot(report: SweepReport) -> str:
@@ -114,8 +102,8 @@ def _marks(
 
 def _panel(title: str, marks: Sequence[_Mark], left: float, ticks: list[float], show: Show | None) -> list[str]:
     """One plot; `show` writes the values of the y axis, which the others share."""
-    along = _Scale(round_ticks([m.x for m in marks]), left, _WIDE)
-    up = _Scale(ticks, _TOP + _HIGH, -_HIGH)
+    along = Scale(round_ticks([m.x for m in marks]), left, _WIDE)
+    up = Scale(ticks, _TOP + _HIGH, -_HIGH)
     out = []
     for tick in ticks:
         y = up(tick)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
+from graphopt.context import Context
 from graphopt.cost import Costs, Term
 from graphopt.data import generated
 from graphopt.errors import PassError
@@ -12,9 +12,6 @@ from graphopt.feeds import Feed, fixed_batch, input_specs, padded, row_count
 from graphopt.measure import paired
 from graphopt.model import Model
 from graphopt.runtime import session
-
-if TYPE_CHECKING:
-    from graphopt.context import Context
 
 _RUNS = 20  # of the profile
 _TRIES = 6

@@ -174,7 +174,7 @@ def _projected(part: Sums, gaps: dict[str, np.ndarray]) -> np.ndarray | None:
 def solved(found: Equations, strengths: Sequence[float]) -> list[np.ndarray]:
     """Changes that least squares gives for each strength; large ones are penalised, the more the more the outputs feel them."""
     a, b = found.jacobian, found.wanted
-    felt = np.square(a, dtype=np.float64).sum(0) if len(a) < 1 << 16 else np.einsum("ij,ij->j", a, a, dtype=np.float64)
+    felt = np.einsum("ij,ij->j", a, a, dtype=np.float64)
     weight = 0.5 * felt + 0.5 * felt.mean() + 1e-30  # of the penalty; half by itself, half alike, so that dead channels stay put
     scaled = (a / np.sqrt(weight)).astype(np.float32)
     wide = scaled.shape[1] > scaled.shape[0]
